@@ -1,0 +1,36 @@
+"""kvfactory: which KV-cache compression method to trust, at which budget, on which task, at what cost."""
+
+from __future__ import annotations
+
+from .attention import Family, compress
+from .budget import BudgetAllocator
+from .context import LayerContext, pool, reduce_groups, require
+from .engine import Engine, Sequence
+from .errors import UserError
+from .hookspecs import hookimpl
+from .method import EvictionMethod, Method
+from .models import load_model
+from .registry import load_method
+from .stores import DenseStore, RaggedStore, Reading, Store
+
+__all__ = [
+    "BudgetAllocator",
+    "DenseStore",
+    "Engine",
+    "EvictionMethod",
+    "Family",
+    "LayerContext",
+    "Method",
+    "RaggedStore",
+    "Reading",
+    "Sequence",
+    "Store",
+    "UserError",
+    "compress",
+    "hookimpl",
+    "load_method",
+    "load_model",
+    "pool",
+    "reduce_groups",
+    "require",
+]

@@ -1,0 +1,225 @@
+"""The attention monkeypatch: one forward for every model family, kernel and method, and `compress` for `generate()`.
+
+Layers are patched one by one and unpatched on exit; no class, and no other model in the process, is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .cache import CompressedCache, LayerBatch, SequenceCache
+from .errors import unknown
+from .method import Method
+
+Rotary = Callable[[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor] | None, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the architectures that share the one forward."""
+
+    rotary: Rotary
+    """(attention module, values, position_ids [batch, tokens], tables the model made or None, tokens seen so far and now)
+    -> cos and sin [batch, tokens, head_dim]."""
+    sliding_window: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
+    """The window, in tokens, that the stock attention of a model with this config honours."""
+
+
+def tables_of_the_model(
+    module: nn.Module, value: Tensor, position_ids: Tensor, tables: tuple[Tensor, Tensor] | None, seen: int  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    """Llama: the model makes cos and sin once for all layers."""
+    return tables if tables is not None else module.rotary_emb(value, position_ids)
+
+
+def tables_by_position(
+    module: nn.Module, value: Tensor, position_ids: Tensor, tables: tuple[Tensor, Tensor] | None, seen: int  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    """Mistral: each layer makes cos and sin of the positions it is given."""
+    return module.rotary_emb(value, position_ids)
+
+
+def tables_by_length(
+    module: nn.Module, value: Tensor, position_ids: Tensor, tables: tuple[Tensor, Tensor] | None, seen: int  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    """Qwen2 and Mixtral: each layer has tables of all positions up to a length, to be indexed."""
+    cos, sin = module.rotary_emb(value, seq_len=seen)
+    return cos[position_ids], sin[position_ids]
+
+
+def window_under_flash(config: Any) -> int | None:
+    """Outside Mistral, transformers 4.44.2 honours a sliding window under flash_attention_2 alone."""
+    honoured = config._attn_implementation == "flash_attention_2" and getattr(config, "use_sliding_window", True)
+    return config.sliding_window if honoured else None
+
+
+BUILT_IN_FAMILIES = {
+    "llama": Family(tables_of_the_model),
+    "mistral": Family(tables_by_position, lambda config: config.sliding_window),
+    "qwen2": Family(tables_by_length, window_under_flash),
+    "mixtral": Family(tables_by_length, window_under_flash),
+}
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((-right, left), dim=-1)
+
+
+def attention_forward(
+    module: nn.Module,
+    family: Family,
+    stock: Callable[..., Any],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_value: Cache | None = None,
+    output_attentions: bool = False,
+    use_cache: bool = False,
+    cache_position: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Cache | None]:
+    """Project, rotate, hand over to the cache, project back. Without a `CompressedCache` the stock forward runs."""
+    if not isinstance(past_key_value, CompressedCache):
+        tables = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
+        return stock(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_value=past_key_value,
+            output_attentions=output_attentions,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            **tables,
+            **kwargs,
+        )
+    if output_attentions:
+        raise ValueError("output_attentions is not available under compression: an evicted key has no column")
+    cache = past_key_value
+    batch, tokens, _ = hidden_states.shape
+
+    def split(projected: Tensor, heads: int) -> Tensor:
+        return projected.view(batch, tokens, heads, module.head_dim).transpose(1, 2)
+
+    query = split(module.q_proj(hidden_states), module.num_heads)
+    key = split(module.k_proj(hidden_states), module.num_key_value_heads)
+    value = split(module.v_proj(hidden_states), module.num_key_value_heads)
+    cos, sin = family.rotary(module, value, position_ids, position_embeddings, cache.get_seq_length() + tokens)
+    cos, sin = cos[:, None], sin[:, None]
+    query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    layer = LayerBatch(module.layer_idx, module.config.num_hidden_layers, query, key, value, hidden_states)
+    output = cache.attend(layer, attention_mask)
+    output = output.transpose(1, 2).contiguous().reshape(batch, tokens, -1)
+    return module.o_proj(output), None, cache
+
+
+def family_of(model: PreTrainedModel, families: dict[str, Family]) -> Family:
+    """The family of the model, by its `model_type`.
+
+    Raises `UserError` for an architecture that no plugin knows.
+    """
+    if model.config.model_type not in families:
+        raise unknown("model family", model.config.model_type, families)
+    return families[model.config.model_type]
+
+
+class Patch:
+    """The patch on one model: a context manager that may be entered again and again."""
+
+    def __init__(self, model: PreTrainedModel, families: dict[str, Family]) -> None:
+        self.model = model
+        self.family = family_of(model, families)
+        self._undo: list[Callable[[], None]] = []
+
+    def new_cache(self, rows: list[list[SequenceCache]]) -> CompressedCache:
+        config = self.model.config
+        cache = CompressedCache(rows, config._attn_implementation, self.family.sliding_window(config))
+        cache.inverse_frequencies = self._inverse_frequencies()
+        return cache
+
+    def _inverse_frequencies(self) -> Tensor | None:
+        base = self.model.model
+        rotary = getattr(base, "rotary_emb", None) or getattr(base.layers[0].self_attn, "rotary_emb", None)
+        return getattr(rotary, "inv_freq", None)
+
+    def __enter__(self) -> Patch:
+        for layer in self.model.model.layers:
+            self._patch(layer.self_attn)
+        hooks = (
+            self.model.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.model.register_forward_hook(self._after, with_kwargs=True),
+        )
+        self._undo += [hook.remove for hook in hooks]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _patch(self, attention: nn.Module) -> None:
+        slot = "_old_forward" if "_old_forward" in vars(attention) else "forward"  # accelerate wraps forward
+        own = vars(attention).get(slot)
+        setattr(attention, slot, partial(attention_forward, attention, self.family, getattr(attention, slot)))
+        self._undo.append(partial(setattr, attention, slot, own) if own else partial(delattr, attention, slot))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG002
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CompressedCache):
+            tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            cache.begin(kwargs.get("attention_mask"), tokens.shape[1])
+            if not cache.is_empty:  # its width is that of the full cache; what a stored token may be seen by, stores know
+                kwargs["attention_mask"] = None
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CompressedCache):
+            cache.end(output[0].shape[1])
+
+
+class Compression:
+    """What `compress` gives: `cache` is that of the latest prompt, for a look at what was kept."""
+
+    def __init__(self, patch: Patch, method: Method) -> None:
+        self.cache: CompressedCache | None = None
+        self._patch = patch
+        self._method = method
+
+    def hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG002
+        """Puts a compressing cache in the place of the empty one that a new prompt starts with."""
+        given = kwargs.get("past_key_values")
+        empty = given is None or (isinstance(given, Cache) and given.get_seq_length() == 0)
+        wanted = kwargs.get("use_cache")
+        if empty and not isinstance(given, CompressedCache) and (wanted or wanted is None):
+            prompt = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            rows = [[SequenceCache(self._method)] for _ in range(prompt.shape[0])]
+            self.cache = kwargs["past_key_values"] = self._patch.new_cache(rows)
+        return args, kwargs
+
+
+@contextmanager
+def compress(model: PreTrainedModel, method: Method) -> Iterator[Compression]:
+    """Inside it, `model.generate()` and `model(...)` keep of each prompt what the method keeps; afterwards all is as before.
+
+    Batches are padded on the left. Sampling, streamers and beam search work as ever.
+    """
+    from .registry import get_registry
+
+    patch = Patch(model, get_registry().families)
+    compression = Compression(patch, method)
+    hook = model.model.register_forward_pre_hook(compression.hand_over, with_kwargs=True)
+    try:
+        with patch:
+            yield compression
+    finally:
+        hook.remove()

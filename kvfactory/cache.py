@@ -1,0 +1,163 @@
+"""A sequence's stores, and the transformers `Cache` that the model passes around.
+
+`generate()` takes positions, masks and the slice of `input_ids` from `Cache.get_seq_length()`, so that says how many tokens
+were seen; how many entries are stored is the stores' own business.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .context import LayerContext
+from .kernels import KERNELS, decode_attention
+from .method import Method
+from .stores import Store
+
+
+@dataclass(eq=False)
+class SequenceCache:
+    """What one sequence keeps under one method, layer by layer."""
+
+    method: Method
+    stores: list[Store] = field(default_factory=list)
+    seen: int = 0
+    """Tokens that went through the model, stored or not."""
+    compress_seconds: float = 0.0
+    """Time the method took, as if it had run alone: measures shared with other methods count in full."""
+    own_seconds: float = 0.0
+    """The part of it that was really spent here, measures that another method paid for left out."""
+
+    def compress(self, layer: LayerContext) -> None:
+        layer.borrowed_seconds = 0.0
+        started = time.perf_counter()
+        self.stores.append(self.method.compress(layer))
+        seconds = time.perf_counter() - started
+        self.own_seconds += seconds
+        self.compress_seconds += seconds + layer.borrowed_seconds
+
+    def fork(self) -> SequenceCache:
+        """A second cache that starts from here: several questions about one context."""
+        stores = [store.fork() for store in self.stores]
+        return replace(self, stores=stores)
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor that every layer holds."""
+        return sum(store.nbytes() for store in self.stores)
+
+    def kept(self) -> list[float]:
+        """Entries per stored head, one mean a layer."""
+        lengths = (store.lengths() for store in self.stores)
+        return [sum(each) / len(each) for each in lengths]
+
+
+class CompressedCache(Cache):
+    """The caches of a batch. Each row of a prefill fills one or more caches, each row of a later pass has exactly one."""
+
+    def __init__(self, rows: list[list[SequenceCache]], kernel: str, window: int | None) -> None:
+        """`kernel` is an `attn_implementation`, `window` the sliding window the model's attention has, if any."""
+        super().__init__()
+        self.rows = rows
+        self.kernel = KERNELS[kernel]
+        self.window = window
+        self.inverse_frequencies: Tensor | None = None
+        self._padding = [0] * len(rows)  # leading tokens of this pass that are no real tokens, by row
+        self._width = max((row[0].seen for row in rows), default=0)  # tokens fed, padding included
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:  # noqa: ARG002
+        return self._width
+
+    def get_max_length(self) -> int | None:
+        return None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i goes on from where row beam_idx[i] is."""
+        self.rows = [[cache.fork() for cache in self.rows[row]] for row in beam_idx.tolist()]
+
+    @property
+    def is_empty(self) -> bool:
+        return self._width == 0
+
+    def begin(self, attention_mask: Tensor | None, tokens: int) -> None:
+        """Before the first layer of a pass over `tokens` columns; the 2-D mask says which of them are padding."""
+        if attention_mask is None:
+            self._padding = [0] * len(self.rows)
+            return
+        new = attention_mask[:, -tokens:].bool()
+        self._padding = (tokens - new.sum(1)).tolist()
+        if not torch.equal(new, torch.arange(tokens, device=new.device) >= (~new).sum(1, keepdim=True)):
+            raise ValueError("a row has padding after or between its tokens; pad on the left: tokenizer.padding_side = 'left'")
+
+    def end(self, tokens: int) -> None:
+        """After the last layer of the pass."""
+        self._width += tokens
+        for row, padding in zip(self.rows, self._padding, strict=True):
+            for cache in row:
+                cache.seen += tokens - padding
+
+    def attend(self, layer: LayerBatch, mask: Tensor | None) -> Tensor:
+        """Attention output [batch, query_heads, tokens, head_dim] of one layer; fills the stores or reads them."""
+        if self.is_empty:
+            output = self.kernel.prefill(layer.query, layer.key, layer.value, mask, self.window)
+            for row in range(len(self.rows)):
+                context = self._context(layer, row)
+                for cache in self.rows[row]:
+                    cache.compress(context)
+            return output
+        output = torch.zeros_like(layer.query)
+        for row, (cache,) in enumerate(self.rows):
+            self._decode_row(output[row], layer, row, cache)
+        return output
+
+    def _context(self, layer: LayerBatch, row: int) -> LayerContext:
+        start = self._padding[row]
+        return LayerContext(
+            layer_index=layer.index,
+            num_layers=layer.num_layers,
+            queries=layer.query[row, :, start:],
+            keys=layer.key[row, :, start:],
+            values=layer.value[row, :, start:],
+            hidden=layer.hidden[row, start:],
+            inverse_frequencies=self.inverse_frequencies,
+        )
+
+    def _decode_row(self, output: Tensor, layer: LayerBatch, row: int, cache: SequenceCache) -> None:
+        start = self._padding[row]
+        query = layer.query[row, :, start:]
+        tokens = query.shape[1]
+        if tokens == 0:
+            return
+        store = cache.stores[layer.index]
+        store.append(layer.key[row, :, start:], layer.value[row, :, start:], cache.seen)
+        keys, values, positions = store.read(query)
+        at = torch.arange(cache.seen, cache.seen + tokens, device=query.device)
+        if isinstance(keys, Tensor):
+            heads = [(query, keys, values, positions)]
+        else:  # heads of different lengths attend one by one
+            group = query.shape[0] // len(keys)
+            heads = [
+                (query[head * group : (head + 1) * group], key[None], value[None], position[None])
+                for head, (key, value, position) in enumerate(zip(keys, values, positions, strict=True))
+            ]
+        results = [decode_attention(self.kernel, *head, at, self.window, store.observes) for head in heads]
+        output[:, start:] = torch.cat([attended for attended, _ in results]) if len(results) > 1 else results[0][0]
+        if store.observes:
+            weights = [each for _, each in results if each is not None]
+            store.observe(weights[0] if isinstance(keys, Tensor) else weights)
+
+
+@dataclass
+class LayerBatch:
+    """What one layer's attention has to work with in one pass; tensors [batch, heads, tokens, head_dim], rotated."""
+
+    index: int
+    num_layers: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden: Tensor
+    """[batch, tokens, hidden_size]."""

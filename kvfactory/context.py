@@ -1,0 +1,120 @@
+"""What a method may look at when a layer's prefill is done: one sequence, one layer, and measures that methods share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+QUERY_CHUNK = 256
+"""Queries whose attention rows are held at once while attention is summed over a whole prompt."""
+
+
+@dataclass(eq=False)
+class LayerContext:
+    """One layer of one sequence after its prefill. Tensors are [heads, tokens, head_dim], rotated, in the model's dtype."""
+
+    layer_index: int
+    num_layers: int
+    queries: Tensor
+    """[query_heads, tokens, head_dim]."""
+    keys: Tensor
+    """[kv_heads, tokens, head_dim]."""
+    values: Tensor
+    hidden: Tensor | None = None
+    """[tokens, hidden_size], the input of the attention block."""
+    inverse_frequencies: Tensor | None = None
+    """[head_dim / 2], the rotary angle of one position, for methods that re-rotate keys."""
+    borrowed_seconds: float = 0.0
+    """Time that shared measures would have cost a method had it run alone, since it was last set to 0."""
+    _shared: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def query_heads(self) -> int:
+        return self.queries.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, done once a layer for all methods of a sweep that ask with the same key."""
+        if key in self._shared:
+            value, seconds = self._shared[key]
+            self.borrowed_seconds += seconds
+            return value
+        borrowed, started = self.borrowed_seconds, time.perf_counter()
+        value = compute()
+        seconds = time.perf_counter() - started + self.borrowed_seconds - borrowed
+        self._shared[key] = (value, seconds)
+        return value
+
+    def window_attention(self, window_size: int) -> Tensor:
+        """Attention weights of the last `window_size` queries over all keys, [query_heads, window_size, tokens], float32."""
+        return self.shared(("window_attention", window_size), lambda: self._attention(self.num_tokens - window_size))
+
+    def attention_mass(self) -> Tensor:
+        """Attention each key got, summed over all queries, [query_heads, tokens], float32; memory is O(tokens)."""
+        return self.shared("attention_mass", self._attention_mass)
+
+    def _attention_mass(self) -> Tensor:
+        mass = self.queries.new_zeros(self.query_heads, self.num_tokens, dtype=torch.float32)
+        for start in range(0, self.num_tokens, QUERY_CHUNK):
+            stop = min(start + QUERY_CHUNK, self.num_tokens)
+            mass[:, :stop] += self._attention(start, stop).sum(1)
+        return mass
+
+    def _attention(self, start: int, stop: int | None = None) -> Tensor:
+        """Causal attention weights of queries start..stop over keys 0..stop, [query_heads, stop - start, stop], float32."""
+        stop = self.num_tokens if stop is None else stop
+        group = self.query_heads // self.kv_heads
+        queries = self.queries[:, start:stop].float().unflatten(0, (self.kv_heads, group)).flatten(1, 2)
+        logits = queries @ self.keys[:, :stop].float().transpose(1, 2) / math.sqrt(queries.shape[-1])
+        logits = logits.view(self.query_heads, stop - start, stop)
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=logits.device).triu(1)
+        logits[:, :, start:].masked_fill_(future, -math.inf)
+        return logits.softmax(-1)
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at index [heads, count], each [heads, count, head_dim]; heads is kv_heads or query_heads."""
+        source = torch.arange(len(index), device=index.device)[:, None] // (len(index) // self.kv_heads)
+        return self.keys[source, index], self.values[source, index]
+
+
+GQA_SCORE_AGG: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda grouped: grouped.mean(1),
+    "max": lambda grouped: grouped.amax(1),
+    "sum": lambda grouped: grouped.sum(1),
+}
+
+
+def reduce_groups(scores: Tensor, heads: int, gqa_score_agg: str) -> Tensor:
+    """[query_heads, ...] -> [heads, ...]: the scores of the query heads that share a stored head become one."""
+    if scores.shape[0] == heads:
+        return scores
+    return GQA_SCORE_AGG[gqa_score_agg](scores.unflatten(0, (heads, -1)))
+
+
+def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Smooth scores [heads, tokens] along tokens with stride 1 and the same length; averages count the zero padding."""
+    pooled = {"avgpool": torch.nn.functional.avg_pool1d, "maxpool": torch.nn.functional.max_pool1d}[pooling]
+    return pooled(scores[None], kernel_size, stride=1, padding=kernel_size // 2)[0]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,172 @@
+"""One prefill for many methods, one decode step for many caches.
+
+A prompt's hidden states do not depend on how its cache is compressed afterwards, so one pass serves every method and
+budget. A decode step is bound by reading the weights, so sequences of different methods, budgets and prompts take it
+together: projections run on all rows at once, attention row by row on each row's own stores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .attention import Patch
+from .cache import SequenceCache
+from .method import Method
+from .registry import get_registry
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt continued under one method: its tokens and its own cache."""
+
+    cache: SequenceCache
+    prompt_tokens: int
+    logits: Tensor | None
+    """[vocabulary], float32, for the next token; None while `unfed` tokens wait."""
+    prefill_seconds: float = 0.0
+    """The shared pass over the prompt, compression left out."""
+    decode_seconds: float = 0.0
+    """This row's share of the steps it took part in."""
+    tokens: list[int] = field(default_factory=list)
+    """What was generated, the stop token included."""
+    stop_reason: str | None = None
+    """`stop` or `length`, once decoding ended."""
+    unfed: list[int] = field(default_factory=list)
+    """Generated tokens that the cache has not seen yet."""
+
+    def fork(self) -> Sequence:
+        """A second sequence that goes on from here by itself."""
+        return replace(self, cache=self.cache.fork(), tokens=list(self.tokens), unfed=list(self.unfed))
+
+
+@dataclass(eq=False)
+class DecodeRow:
+    """A sequence on its way through decoding, and when it ends."""
+
+    sequence: Sequence
+    max_new_tokens: int
+    stop: Collection[int]
+    min_new_tokens: int = 0
+    made: int = 0
+
+
+class Engine:
+    """Runs a model under compression: `prefill`, then `decode` or `score`, then more of either."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._patch = Patch(model, get_registry().families)
+
+    @torch.no_grad()
+    def prefill(self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method]) -> list[Sequence]:
+        """One pass over the prompt's token ids; one sequence a method, in order."""
+        prompt = torch.as_tensor(ids).flatten().tolist()
+        if not prompt:
+            raise ValueError("a prompt has at least one token")
+        caches = [SequenceCache(method) for method in methods]
+        started = self._now()
+        logits = self._forward([caches], [prompt])[0]
+        seconds = self._now() - started - sum(cache.own_seconds for cache in caches)
+        return [Sequence(cache, len(prompt), logits, prefill_seconds=seconds) for cache in caches]
+
+    def decode(
+        self,
+        sequences: SequenceOf[Sequence],
+        max_new_tokens: int,
+        stop: Collection[int] = (),
+        min_new_tokens: int = 0,
+    ) -> list[list[int]]:
+        """Greedy continuations, all rows in one batch; returns each row's new token ids, its stop token included.
+
+        Stop tokens cannot be chosen before `min_new_tokens`. Sequences hold the tokens, times and the stop reason too.
+        """
+        rows = [DecodeRow(each, max_new_tokens, frozenset(stop), min_new_tokens) for each in sequences]
+        before = [len(each.tokens) for each in sequences]
+        active = rows
+        while active:
+            active = self.step(active)
+        return [each.tokens[start:] for each, start in zip(sequences, before, strict=True)]
+
+    @torch.no_grad()
+    def step(self, rows: SequenceOf[DecodeRow]) -> list[DecodeRow]:
+        """One token for every row; returns the rows that go on. Between steps rows may leave and others join."""
+        self._feed([row.sequence for row in rows if row.sequence.logits is None])
+        chosen = torch.stack([self._candidates(row) for row in rows]).argmax(-1).tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            row.made += 1
+            row.sequence.tokens.append(token)
+            row.sequence.unfed.append(token)
+            row.sequence.logits = None
+            ended = token in row.stop
+            if ended or row.made == row.max_new_tokens:
+                row.sequence.stop_reason = "stop" if ended else "length"
+        return [row for row in rows if row.made < row.max_new_tokens and row.sequence.tokens[-1] not in row.stop]
+
+    @staticmethod
+    def _candidates(row: DecodeRow) -> Tensor:
+        assert row.sequence.logits is not None
+        if row.made >= row.min_new_tokens or not row.stop:
+            return row.sequence.logits
+        barred = torch.tensor(sorted(row.stop), device=row.sequence.logits.device)
+        return row.sequence.logits.index_fill(0, barred, -torch.inf)
+
+    def _feed(self, sequences: list[Sequence]) -> None:
+        """Pass the tokens that wait through the model: all rows at once where each has one."""
+        single = [each for each in sequences if len(each.unfed) == 1]
+        batches = ([single] if single else []) + [[each] for each in sequences if len(each.unfed) > 1]
+        for batch in batches:
+            started = self._now()
+            logits = self._forward([[each.cache] for each in batch], [each.unfed for each in batch])
+            share = (self._now() - started) / len(batch)
+            for each, row in zip(batch, logits, strict=True):
+                each.logits = row
+                each.unfed = []
+                each.decode_seconds += share
+
+    @torch.no_grad()
+    def extend(self, sequence: Sequence, ids: Iterable[int]) -> Sequence:
+        """Read more tokens into a prefilled sequence, a question after its context; returns the sequence itself."""
+        sequence.unfed += list(ids)
+        sequence.logits = None
+        self._feed([sequence])
+        return sequence
+
+    @torch.no_grad()
+    def score(self, sequences: SequenceOf[Sequence], ids: SequenceOf[int] | Tensor) -> list[Tensor]:
+        """Teacher-forced: negative log-likelihood in nats of each of the token ids, one float32 tensor [tokens] a sequence.
+
+        Tokens are fed one by one, so that what evicts while decoding evicts; the sequences end behind them.
+        """
+        targets = torch.as_tensor(ids).flatten().tolist()
+        losses: list[Tensor] = []
+        for target in targets:
+            self._feed([each for each in sequences if each.logits is None])
+            logits = torch.stack([each.logits for each in sequences if each.logits is not None])
+            losses.append(-logits.log_softmax(-1)[:, target])
+            for each in sequences:
+                each.unfed.append(target)
+                each.logits = None
+        return list(torch.stack(losses, 1).unbind(0)) if losses else [torch.zeros(0) for _ in sequences]
+
+    def _forward(self, rows: list[list[SequenceCache]], tokens: list[list[int]]) -> Tensor:
+        """Next-token logits [rows, vocabulary], float32; every row brings equally many tokens."""
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.tensor(tokens, device=device)
+        first = torch.tensor([row[0].seen for row in rows], device=device)
+        positions = first[:, None] + torch.arange(ids.shape[1], device=device)
+        with self._patch as patch:
+            cache = patch.new_cache(rows)
+            hidden = self.model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[0]
+        return self.model.lm_head(hidden[:, -1:])[:, 0].float()
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()

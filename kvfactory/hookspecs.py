@@ -1,0 +1,41 @@
+"""The doors a plugin may open. Each hook is handed a `register` function and calls it once for each thing it brings."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pluggy
+
+from .attention import Family
+from .budget import BudgetAllocator
+from .method import Method
+
+hookspec = pluggy.HookspecMarker("kvfactory")
+hookimpl = pluggy.HookimplMarker("kvfactory")
+
+
+class RegisterMethod(Protocol):
+    def __call__(self, name: str, *, attention: type[Method], allocator: str = "uniform") -> None: ...
+
+
+class RegisterAllocator(Protocol):
+    def __call__(self, name: str, allocator: type[BudgetAllocator]) -> None: ...
+
+
+class RegisterFamily(Protocol):
+    def __call__(self, model_type: str, family: Family) -> None: ...
+
+
+@hookspec
+def kvfactory_register_methods(register: RegisterMethod) -> None:
+    """Call `register(name, attention=MethodClass, allocator="uniform")` for each compression method."""
+
+
+@hookspec
+def kvfactory_register_allocators(register: RegisterAllocator) -> None:
+    """Call `register(name, AllocatorClass)` for each way to split a budget over layers and heads."""
+
+
+@hookspec
+def kvfactory_register_families(register: RegisterFamily) -> None:
+    """Call `register(model_type, family)` to teach the attention patch another model architecture."""

@@ -1,0 +1,142 @@
+"""Attention itself, for each `attn_implementation`: pure functions of queries, keys and values.
+
+A prefill repeats the stock model's arithmetic term by term, so that FullKV's prefill is the stock model's bit for bit. A
+decode step folds the query heads that share a KV head into the query axis, so that no key is ever copied to be repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One attention implementation."""
+
+    prefill: Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None], Tensor]
+    """(query [batch, query_heads, tokens, dim], key and value [batch, kv_heads, tokens, dim], mask, sliding window) ->
+    output shaped like the query. The mask is what the stock model hands its attention layers, or None."""
+    decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """(query [heads, queries, dim], keys and values [heads, length, dim], allowed bool [heads or 1, queries, length] or
+    None) -> output shaped like the query."""
+
+
+def repeat_heads(kv: Tensor, groups: int) -> Tensor:
+    """[batch, kv_heads, tokens, dim] -> [batch, kv_heads * groups, tokens, dim]."""
+    if groups == 1:
+        return kv
+    batch, heads, tokens, dim = kv.shape
+    return kv[:, :, None].expand(batch, heads, groups, tokens, dim).reshape(batch, heads * groups, tokens, dim)
+
+
+def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:  # noqa: ARG001
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+    logits = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        logits = logits + mask[:, :, :, : key.shape[-2]]
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value)
+
+
+def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:  # noqa: ARG001
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+    if mask is not None:
+        mask = mask[:, :, :, : key.shape[-2]]
+        if query.is_cuda:  # the memory-efficient backend needs contiguous inputs beside a mask
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    causal = mask is None and query.shape[2] > 1
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+def flash_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    heads_last = (each.transpose(1, 2) for each in (query, key, value))
+    output = _flash_attention_forward(*heads_last, mask, query.shape[2], is_causal=True, sliding_window=window)
+    return output.transpose(1, 2)
+
+
+def attend_with_weights(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `Kernel.decode`, with the weights [heads, queries, length] in float32 beside the output."""
+    logits = torch.matmul(query, keys.transpose(1, 2)) / math.sqrt(query.shape[-1])
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return torch.matmul(weights.to(values.dtype), values), weights
+
+
+def eager_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    return attend_with_weights(query, keys, values, allowed)[0]
+
+
+def sdpa_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    mask = None if allowed is None else allowed[None]
+    return scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask)[0]
+
+
+def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    if allowed is not None:  # flash-attn takes no mask by position; the other kernel computes the same thing
+        return sdpa_decode(query, keys, values, allowed)
+    from flash_attn import flash_attn_func
+
+    rows = (each.transpose(0, 1)[None] for each in (query, keys, values))
+    return flash_attn_func(*rows)[0].transpose(0, 1)
+
+
+KERNELS = {
+    "eager": Kernel(eager_prefill, eager_decode),
+    "sdpa": Kernel(sdpa_prefill, sdpa_decode),
+    "flash_attention_2": Kernel(flash_prefill, flash_decode),
+}
+
+
+def fold(query: Tensor, heads: int) -> Tensor:
+    """[query_heads, tokens, dim] -> [heads, group * tokens, dim]: the queries of a stored head side by side."""
+    query_heads, tokens, dim = query.shape
+    return query.reshape(heads, query_heads // heads * tokens, dim)
+
+
+def visible(positions: Tensor, query_positions: Tensor, window: int | None, group: int) -> Tensor | None:
+    """Which entries the folded queries may see, bool [heads or 1, group * tokens, length]; None when that is all.
+
+    One rule covers causality inside a chunk of new tokens and sliding windows. A single query is the newest token, so
+    that without a window it sees everything.
+    """
+    if window is None and len(query_positions) == 1:
+        return None
+    seen, at = positions[:, None, :], query_positions[None, :, None]
+    allowed = seen <= at
+    if window is not None:
+        allowed = allowed & (seen > at - window)
+    return allowed.repeat(1, group, 1)
+
+
+def decode_attention(
+    kernel: Kernel,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    window: int | None,
+    with_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of query [query_heads, tokens, dim] over stored entries [heads, length, dim].
+
+    Returns the output, shaped like the query, and the weights [query_heads, tokens, length] if asked for.
+    """
+    heads, tokens = keys.shape[0], query.shape[1]
+    allowed = visible(positions, query_positions, window, query.shape[0] // heads)
+    folded = fold(query, heads)
+    if not with_weights:
+        return kernel.decode(folded, keys, values, allowed).reshape(query.shape), None
+    output, weights = attend_with_weights(folded, keys, values, allowed)
+    return output.reshape(query.shape), weights.reshape(query.shape[0], tokens, -1)

@@ -1,0 +1,269 @@
+"""Finds plugins, looks names up in what they registered, and explains what is wrong.
+
+Built-in methods come through the same door as anybody's: entry points of the group `kvfactory`, or a file named by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pluggy
+
+from . import hookspecs
+from .attention import BUILT_IN_FAMILIES, Family
+from .budget import BudgetAllocator, HeadAdaptive, Pyramid, Uniform
+from .errors import UserError, unknown
+from .method import Method
+
+GROUP = "kvfactory"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Where things came from: an entry point of a distribution, or a file."""
+
+    name: str
+    distribution: str
+    version: str
+    error: str | None = None
+    """Why it could not be imported, if it could not."""
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A registered method: what it does in attention, and how its budget is split unless the user says otherwise."""
+
+    attention: type[Method]
+    allocator: str
+    plugin: Plugin
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a method or an allocator, as a flag would show it."""
+
+    name: str
+    type: Any
+    default: Any
+
+
+class Registry:
+    """Everything that plugins registered."""
+
+    def __init__(self) -> None:
+        self.methods: dict[str, MethodEntry] = {}
+        self.allocators: dict[str, type[BudgetAllocator]] = {}
+        self.families: dict[str, Family] = {}
+        self.plugins: list[Plugin] = []
+        self._owners: dict[tuple[str, str], Plugin] = {}
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+
+    @classmethod
+    def load(cls) -> Registry:
+        """What comes with kvfactory, and what every installed distribution offers."""
+        registry = cls()
+        registry.add(BuiltIn(), Plugin("kvfactory", "kvfactory", _version("kvfactory")))
+        for entry_point in metadata.entry_points(group=GROUP):
+            distribution = entry_point.dist
+            origin = (distribution.name, distribution.version) if distribution else ("unknown", "")
+            try:
+                module = entry_point.load()
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                registry.plugins.append(Plugin(entry_point.name, *origin, error=" ".join(why.split())))
+            else:
+                registry.add(module, Plugin(entry_point.name, *origin))
+        return registry
+
+    def add(self, module: object, plugin: Plugin) -> None:
+        """Let one plugin register what it brings.
+
+        Raises `UserError` for a hook that does not exist and for a name that is taken.
+        """
+        self._manager.register(module, plugin.name)
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise UserError(f"plugin {plugin.name} of {plugin} has a hook that kvfactory does not know: {error}") from error
+        self.plugins.append(plugin)
+        doors = {
+            "kvfactory_register_methods": self._register_method,
+            "kvfactory_register_allocators": partial(self._register, "allocator", self.allocators),
+            "kvfactory_register_families": partial(self._register, "model family", self.families),
+        }
+        for hook, register in doors.items():
+            for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+                if implementation.plugin is module:
+                    implementation.function(register=partial(register, plugin))
+
+    def add_file(self, path: str | Path) -> None:
+        """Load a plugin from a Python file, without packaging.
+
+        Raises `UserError` if there is no such file or it fails to import.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"--plugin {path}: no such file; give the path of a Python file with a hook in it")
+        spec = importlib.util.spec_from_file_location(f"kvfactory_plugin_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"--plugin {path}: not a Python file; give the path of a file that ends in .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up by name
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(f"--plugin {path} fails to import: {type(error).__name__}: {error}") from error
+        self.add(module, Plugin(path.stem, str(path), ""))
+
+    def _register_method(
+        self, plugin: Plugin, name: str, *, attention: type[Method], allocator: str = "uniform"
+    ) -> None:
+        self._register("method", self.methods, plugin, name, MethodEntry(attention, allocator, plugin))
+
+    def _register(self, kind: str, shelf: dict[str, Any], plugin: Plugin, name: str, thing: Any) -> None:
+        if name != name.lower():
+            raise UserError(f"{kind} '{name}' of {plugin} is not in lower case; names are looked up in lower case")
+        if (kind, name) in self._owners:
+            raise UserError(f"{kind} '{name}' is registered by both {self._owners[kind, name]} and {plugin}; remove one")
+        self._owners[kind, name] = plugin
+        shelf[name] = thing
+
+    def method_entry(self, name: str) -> MethodEntry:
+        """The entry of a method; upper and lower case are the same.
+
+        Raises `UserError` with the closest match, or with the reason if a plugin of that name failed to import.
+        """
+        if name.lower() in self.methods:
+            return self.methods[name.lower()]
+        for plugin in self.plugins:
+            if plugin.error and plugin.name == name.lower():
+                raise UserError(f"method '{name}': plugin {plugin.name} of {plugin} fails to import: {plugin.error}")
+        raise unknown("method", name, self.methods)
+
+    def allocator(self, name: str) -> type[BudgetAllocator]:
+        if name not in self.allocators:
+            raise unknown("allocator", name, self.allocators)
+        return self.allocators[name]
+
+    def settings(self, name: str, allocator: str | None = None) -> dict[str, Setting]:
+        """All settings of a method and its allocator, `budget` and `allocator` left out."""
+        entry = self.method_entry(name)
+        own = _settings(entry.attention)
+        if "allocator" in own:
+            own |= _settings(self.allocator(allocator or entry.allocator))
+        return {each: setting for each, setting in own.items() if each not in ("budget", "allocator")}
+
+    def load_method(
+        self, name: str, budget: int | str | None = None, allocator: str | None = None, **settings: Any
+    ) -> Method:
+        """A method by name, with its settings; values may be strings, as flags are.
+
+        Raises `UserError` for unknown names and settings, values of the wrong kind, and a budget that is missing. Methods
+        that keep everything have no budget and leave one unused.
+        """
+        entry = self.method_entry(name)
+        own = _settings(entry.attention)
+        settings = {entry.attention.aliases.get(each, each): value for each, value in settings.items()}
+        known = self.settings(name, allocator)
+        for each in settings:
+            if each not in known:
+                raise unknown(f"setting of {name}:", each, known)
+        values = {each: convert(each, value, known[each].type) for each, value in settings.items()}
+        if "budget" in own:
+            if budget is None:
+                raise UserError(f"method '{name}' needs a budget; give --max_capacity_prompts")
+            values["budget"] = convert("max_capacity_prompts", budget, own["budget"].type)
+        if "allocator" in own:
+            chosen = self.allocator(allocator or entry.allocator)
+            shares = {each: values.pop(each) for each in _settings(chosen) if each in values}
+            values["allocator"] = chosen(**shares)
+        elif allocator is not None:
+            raise UserError(f"method '{name}' has no budget to split; leave --allocator out")
+        return entry.attention(**values)
+
+
+class BuiltIn:
+    """The allocators and families that come with kvfactory."""
+
+    @hookspecs.hookimpl
+    def kvfactory_register_allocators(self, register: hookspecs.RegisterAllocator) -> None:
+        register("uniform", Uniform)
+        register("pyramid", Pyramid)
+        register("head-adaptive", HeadAdaptive)
+
+    @hookspecs.hookimpl
+    def kvfactory_register_families(self, register: hookspecs.RegisterFamily) -> None:
+        for model_type, family in BUILT_IN_FAMILIES.items():
+            register(model_type, family)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _settings(settings_class: type) -> dict[str, Setting]:
+    hints = get_type_hints(settings_class)
+    return {each.name: Setting(each.name, hints[each.name], each.default) for each in fields(settings_class)}
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """A setting's value as the type its field has; strings are read, other values are checked.
+
+    Raises `UserError` naming the flag and what would be right.
+    """
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise unknown(f"--{name}", str(value), get_args(kind))
+        return value
+    if get_origin(kind) in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    reader = {int: _read_int, float: float, bool: _read_bool, str: str}.get(kind)
+    if reader is None:
+        return value
+    try:
+        return reader(value)
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"--{name} is '{value}'; it takes {_KINDS[kind]}") from None
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer() or isinstance(value, bool):
+        raise ValueError
+    return int(value)
+
+
+def _read_bool(value: Any) -> bool:
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+
+
+@cache
+def get_registry() -> Registry:
+    """The registry of this process."""
+    return Registry.load()
+
+
+def load_method(name: str, budget: int | str | None = None, **settings: Any) -> Method:
+    """A registered method, ready to use: `load_method("name", budget=128, window_size=16, allocator="uniform")`.
+
+    Raises `UserError`; see `Registry.load_method`.
+    """
+    return get_registry().load_method(name, budget, **settings)

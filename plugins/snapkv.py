@@ -1,0 +1,60 @@
+"""SnapKV: keep what the last queries of the prompt look at (arXiv 2404.14469).
+
+The attention of an observation window over all keys is summed per key, reduced over the query heads that share a KV head,
+and pooled so that neighbours of a hit stay with it. The window itself is always kept.
+
+References differ in defaults: the authors' LongBench configurations use window 32, kernel 7, maxpool, KVCache-Factory's
+runner window 8, kernel 7, maxpool. The latter is the default here, so that small budgets are not all window. The authors
+store once per query head (`kv_cache_granularity=query_head`). kvpress pools before it reduces the group, KVCache-Factory
+after; that is one and the same for avgpool with mean, and for the rest `pool_order=heads_first` is kvpress's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kvfactory import EvictionMethod, LayerContext, hookimpl, pool, reduce_groups, require
+from kvfactory.hookspecs import RegisterMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(EvictionMethod):
+    """Keeps the tokens that the last `window_size` queries attend to most."""
+
+    window_size: int = 8
+    """Observation window: the last queries, which score the prompt and are always kept."""
+    kernel_size: int = 7
+    """Width of the pooling, odd."""
+    pooling: Literal["avgpool", "maxpool"] = "maxpool"
+    pool_order: Literal["groups_first", "heads_first"] = "groups_first"
+    """Pool the scores after the heads of a group became one, or before."""
+
+    def __post_init__(self) -> None:
+        require(self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to score the prompt")
+        require(
+            self.kernel_size >= 1 and self.kernel_size % 2 == 1,
+            f"--kernel_size is {self.kernel_size}; pooling keeps the length of its input only with an odd size of 1 or more",
+        )
+        super().__post_init__()
+
+    def protected(self) -> tuple[int, int]:
+        return 0, self.window_size
+
+    def score(self, layer: LayerContext) -> Tensor:
+        # the window's own columns are cut off before pooling, or its scores would leak into its neighbours
+        votes = layer.window_attention(self.window_size).sum(1)[:, : -self.window_size]
+        heads = self.stored_heads(layer)
+        if self.pool_order == "heads_first":
+            scores = reduce_groups(pool(votes, self.kernel_size, self.pooling), heads, self.gqa_score_agg)
+        else:
+            scores = pool(reduce_groups(votes, heads, self.gqa_score_agg), self.kernel_size, self.pooling)
+        return pad(scores, (0, self.window_size))
+
+
+@hookimpl
+def kvfactory_register_methods(register: RegisterMethod) -> None:
+    register("snapkv", attention=SnapKV)

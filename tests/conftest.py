@@ -1,0 +1,17 @@
+"""Fixtures every test file may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden vectors and real rows; tests that need it skip where KVFACTORY_SHARED is not set."""
+    folder = os.environ.get("KVFACTORY_SHARED")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("KVFACTORY_SHARED is not set to the folder of golden vectors")
+    return Path(folder).resolve()
