@@ -20,7 +20,7 @@ from .cache import CompressedCache, LayerBatch, SequenceCache
 from .errors import unknown
 from .method import Method
 
-Rotary = Callable[[nn.Module, Tensor, Tensor, tuple[Tensor, Tensor] | None, int], tuple[Tensor, Tensor]]
+Rotary = Callable[[Any, Tensor, Tensor, tuple[Tensor, Tensor] | None, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,38 @@ class Family:
     rotary: Rotary
     """(attention module, values, position_ids [batch, tokens], tables the model made or None, tokens seen so far and now)
     -> cos and sin [batch, tokens, head_dim]."""
-    sliding_window: Callable[[Any], int | None] = lambda config: None  # noqa: ARG005
+    sliding_window: Callable[[Any], int | None] = lambda config: None
     """The window, in tokens, that the stock attention of a model with this config honours."""
 
 
 def tables_of_the_model(
-    module: nn.Module, value: Tensor, position_ids: Tensor, tables: tuple[Tensor, Tensor] | None, seen: int  # noqa: ARG001
+    module: Any,
+    value: Tensor,
+    position_ids: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    seen: int,
 ) -> tuple[Tensor, Tensor]:
     """Llama: the model makes cos and sin once for all layers."""
     return tables if tables is not None else module.rotary_emb(value, position_ids)
 
 
 def tables_by_position(
-    module: nn.Module, value: Tensor, position_ids: Tensor, tables: tuple[Tensor, Tensor] | None, seen: int  # noqa: ARG001
+    module: Any,
+    value: Tensor,
+    position_ids: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    seen: int,
 ) -> tuple[Tensor, Tensor]:
     """Mistral: each layer makes cos and sin of the positions it is given."""
     return module.rotary_emb(value, position_ids)
 
 
 def tables_by_length(
-    module: nn.Module, value: Tensor, position_ids: Tensor, tables: tuple[Tensor, Tensor] | None, seen: int  # noqa: ARG001
+    module: Any,
+    value: Tensor,
+    position_ids: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    seen: int,
 ) -> tuple[Tensor, Tensor]:
     """Qwen2 and Mixtral: each layer has tables of all positions up to a length, to be indexed."""
     cos, sin = module.rotary_emb(value, seq_len=seen)
@@ -76,12 +88,12 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def attention_forward(
-    module: nn.Module,
+    module: Any,
     family: Family,
     stock: Callable[..., Any],
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    position_ids: Any = None,
     past_key_value: Cache | None = None,
     output_attentions: bool = False,
     use_cache: bool = False,
@@ -172,16 +184,18 @@ class Patch:
         setattr(attention, slot, partial(attention_forward, attention, self.family, getattr(attention, slot)))
         self._undo.append(partial(setattr, attention, slot, own) if own else partial(delattr, attention, slot))
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG002
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CompressedCache):
             tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
             cache.begin(kwargs.get("attention_mask"), tokens.shape[1])
-            if not cache.is_empty:  # its width is that of the full cache; what a stored token may be seen by, stores know
+            if (
+                not cache.is_empty
+            ):  # its width is that of the full cache; what a stored token may be seen by, stores know
                 kwargs["attention_mask"] = None
         return args, kwargs
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CompressedCache):
             cache.end(output[0].shape[1])
@@ -195,7 +209,7 @@ class Compression:
         self._patch = patch
         self._method = method
 
-    def hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG002
+    def hand_over(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Puts a compressing cache in the place of the empty one that a new prompt starts with."""
         given = kwargs.get("past_key_values")
         empty = given is None or (isinstance(given, Cache) and given.get_seq_length() == 0)

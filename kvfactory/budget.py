@@ -21,9 +21,7 @@ class BudgetAllocator(ABC):
     """Splits a budget; its dataclass fields are settings, as a method's are."""
 
     @abstractmethod
-    def counts(
-        self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int
-    ) -> list[int]:
+    def counts(self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int) -> list[int]:
         """How many of the competing tokens each stored head keeps.
 
         Scores are [heads, competing tokens], float32; `budget` is entries per head, of which `protected` are kept anyway.
@@ -35,7 +33,13 @@ class Uniform(BudgetAllocator):
     """Every head of every layer keeps the budget."""
 
     def counts(
-        self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int  # noqa: ARG002
+        self,
+        scores: Tensor,
+        *,
+        budget: int,
+        protected: int,
+        layer_index: int,
+        num_layers: int,
     ) -> list[int]:
         heads, competing = scores.shape
         return [min(budget - protected, competing)] * heads
@@ -62,9 +66,7 @@ class Pyramid(BudgetAllocator):
         if self.beta < 1:
             raise UserError(f"--beta is {self.beta}; a pyramid needs a beta of 1 (flat) or more")
 
-    def counts(
-        self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int
-    ) -> list[int]:
+    def counts(self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int) -> list[int]:
         heads, competing = scores.shape
         schedule = {
             "kvcache-factory": self._integer_steps,
@@ -94,7 +96,7 @@ class Pyramid(BudgetAllocator):
             return round(base) - protected
         return round(high - layer * (high - low) / (layers - 1)) - protected
 
-    def _exact(self, base: int, protected: int, competing: int, layer: int, layers: int) -> int:  # noqa: ARG002
+    def _exact(self, base: int, protected: int, competing: int, layer: int, layers: int) -> int:
         high = min(2 * base - base / self.beta, competing)
         step = 2 * (high - base) / max(layers - 1, 1)
         floors = [int(high - each * step) for each in range(layers)] if layers > 1 else [base]
@@ -124,14 +126,22 @@ class HeadAdaptive(BudgetAllocator):
             raise UserError(f"--floor is {self.floor}; it is a share from 0 to 1")
 
     def counts(
-        self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int  # noqa: ARG002
+        self,
+        scores: Tensor,
+        *,
+        budget: int,
+        protected: int,
+        layer_index: int,
+        num_layers: int,
     ) -> list[int]:
         heads, competing = scores.shape
         base = min(budget - protected, competing)
         ordered = scores.sort(dim=-1, descending=True, stable=True).values
         if self.normalize:
             total = ordered.sum(-1, keepdim=True)
-            ordered = ordered * (ordered[:, :base].sum(-1, keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny))
+            ordered = ordered * (
+                ordered[:, :base].sum(-1, keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny)
+            )
         sure = int(base * self.floor)
         if self.floor_rule == "guarantee":
             ordered = ordered.clone()

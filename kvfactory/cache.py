@@ -68,7 +68,7 @@ class CompressedCache(Cache):
         self._padding = [0] * len(rows)  # leading tokens of this pass that are no real tokens, by row
         self._width = max((row[0].seen for row in rows), default=0)  # tokens fed, padding included
 
-    def get_seq_length(self, layer_idx: int | None = 0) -> int:  # noqa: ARG002
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
         return self._width
 
     def get_max_length(self) -> int | None:
@@ -90,7 +90,9 @@ class CompressedCache(Cache):
         new = attention_mask[:, -tokens:].bool()
         self._padding = (tokens - new.sum(1)).tolist()
         if not torch.equal(new, torch.arange(tokens, device=new.device) >= (~new).sum(1, keepdim=True)):
-            raise ValueError("a row has padding after or between its tokens; pad on the left: tokenizer.padding_side = 'left'")
+            raise ValueError(
+                "a row has padding after or between its tokens; pad on the left: tokenizer.padding_side = 'left'"
+            )
 
     def end(self, tokens: int) -> None:
         """After the last layer of the pass."""
@@ -133,21 +135,12 @@ class CompressedCache(Cache):
             return
         store = cache.stores[layer.index]
         store.append(layer.key[row, :, start:], layer.value[row, :, start:], cache.seen)
-        keys, values, positions = store.read(query)
-        at = torch.arange(cache.seen, cache.seen + tokens, device=query.device)
-        if isinstance(keys, Tensor):
-            heads = [(query, keys, values, positions)]
-        else:  # heads of different lengths attend one by one
-            group = query.shape[0] // len(keys)
-            heads = [
-                (query[head * group : (head + 1) * group], key[None], value[None], position[None])
-                for head, (key, value, position) in enumerate(zip(keys, values, positions, strict=True))
-            ]
-        results = [decode_attention(self.kernel, *head, at, self.window, store.observes) for head in heads]
+        pieces = store.read(query).pieces(query)
+        results = [decode_attention(self.kernel, *piece, cache.seen, self.window, store.observes) for piece in pieces]
         output[:, start:] = torch.cat([attended for attended, _ in results]) if len(results) > 1 else results[0][0]
         if store.observes:
             weights = [each for _, each in results if each is not None]
-            store.observe(weights[0] if isinstance(keys, Tensor) else weights)
+            store.observe(weights if len(weights) > 1 else weights[0])
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from .errors import UserError
 
@@ -110,8 +111,8 @@ def reduce_groups(scores: Tensor, heads: int, gqa_score_agg: str) -> Tensor:
 
 def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """Smooth scores [heads, tokens] along tokens with stride 1 and the same length; averages count the zero padding."""
-    pooled = {"avgpool": torch.nn.functional.avg_pool1d, "maxpool": torch.nn.functional.max_pool1d}[pooling]
-    return pooled(scores[None], kernel_size, stride=1, padding=kernel_size // 2)[0]
+    smooth: dict[str, Callable[..., Tensor]] = {"avgpool": avg_pool1d, "maxpool": max_pool1d}
+    return smooth[pooling](scores[None], kernel_size, stride=1, padding=kernel_size // 2)[0]
 
 
 def require(condition: bool, message: str) -> None:

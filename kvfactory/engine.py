@@ -8,7 +8,8 @@ together: projections run on all rows at once, attention row by row on each row'
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence as SequenceOf
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 import torch

@@ -35,7 +35,7 @@ def repeat_heads(kv: Tensor, groups: int) -> Tensor:
     return kv[:, :, None].expand(batch, heads, groups, tokens, dim).reshape(batch, heads * groups, tokens, dim)
 
 
-def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:  # noqa: ARG001
+def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     logits = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(query.shape[-1])
@@ -45,7 +45,7 @@ def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     return torch.matmul(weights, value)
 
 
-def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:  # noqa: ARG001
+def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     if mask is not None:
@@ -104,18 +104,16 @@ def fold(query: Tensor, heads: int) -> Tensor:
     return query.reshape(heads, query_heads // heads * tokens, dim)
 
 
-def visible(positions: Tensor, query_positions: Tensor, window: int | None, group: int) -> Tensor | None:
-    """Which entries the folded queries may see, bool [heads or 1, group * tokens, length]; None when that is all.
+def visible(positions: Tensor | None, length: int, at: Tensor, window: int | None, group: int) -> Tensor:
+    """Which of `length` entries the folded queries may see, bool [heads or 1, group * tokens, length].
 
-    One rule covers causality inside a chunk of new tokens and sliding windows. A single query is the newest token, so
-    that without a window it sees everything.
+    `positions` [heads or 1, length] are the entries' own, `at` [tokens] the queries'. One rule covers causality inside a
+    chunk of new tokens and sliding windows: an entry is seen if it is not later than the query and not out of its window.
     """
-    if window is None and len(query_positions) == 1:
-        return None
-    seen, at = positions[:, None, :], query_positions[None, :, None]
-    allowed = seen <= at
+    seen = torch.arange(length, device=at.device)[None, None] if positions is None else positions[:, None]
+    allowed = seen <= at[:, None]
     if window is not None:
-        allowed = allowed & (seen > at - window)
+        allowed = allowed & (seen > at[:, None] - window)
     return allowed.repeat(1, group, 1)
 
 
@@ -124,17 +122,21 @@ def decode_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
+    positions: Tensor | None,
+    first: int,
     window: int | None,
     with_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of query [query_heads, tokens, dim] over stored entries [heads, length, dim].
+    """Attention of query [query_heads, tokens, dim], the newest tokens from position `first` on, over stored entries.
 
-    Returns the output, shaped like the query, and the weights [query_heads, tokens, length] if asked for.
+    Keys and values are [heads, length, dim]. Returns the output, shaped like the query, and in float32 the weights
+    [query_heads, tokens, length] if asked for.
     """
     heads, tokens = keys.shape[0], query.shape[1]
-    allowed = visible(positions, query_positions, window, query.shape[0] // heads)
+    allowed = None
+    if tokens > 1 or window is not None:  # a single newest token sees all there is
+        at = torch.arange(first, first + tokens, device=query.device)
+        allowed = visible(positions, keys.shape[1], at, window, query.shape[0] // heads)
     folded = fold(query, heads)
     if not with_weights:
         return kernel.decode(folded, keys, values, allowed).reshape(query.shape), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,6 +37,7 @@ class Method(ABC):
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, BudgetAllocator):
+                flat["allocator"] = type(value).__name__
                 flat |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
             else:
                 flat[each.name] = value
@@ -56,7 +57,7 @@ class EvictionMethod(Method):
     """Entries are chosen and stored once per KV head, or once per query head (as published figures often are)."""
     gqa_score_agg: Literal["mean", "max", "sum"] = "mean"
     """How the scores of the query heads that share a KV head become one."""
-    allocator: BudgetAllocator = Uniform()
+    allocator: BudgetAllocator = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
         needed = sum(self.protected())
@@ -101,7 +102,9 @@ class EvictionMethod(Method):
         sinks, window = tokens[:first], tokens[layer.num_tokens - last :]
         if len(set(counts)) == 1:
             chosen = ranked[:, : counts[0]].sort(-1).values
-            return self.store(layer, torch.cat([sinks.expand(len(ranked), -1), chosen, window.expand(len(ranked), -1)], 1))
+            return self.store(
+                layer, torch.cat([sinks.expand(len(ranked), -1), chosen, window.expand(len(ranked), -1)], 1)
+            )
         heads = zip(ranked, counts, strict=True)
         return self.store(layer, [torch.cat([sinks, head[:count].sort().values, window]) for head, count in heads])
 

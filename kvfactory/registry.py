@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib import metadata
@@ -95,9 +96,11 @@ class Registry:
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise UserError(f"plugin {plugin.name} of {plugin} has a hook that kvfactory does not know: {error}") from error
+            raise UserError(
+                f"plugin {plugin.name} of {plugin} has a hook that kvfactory does not know: {error}"
+            ) from error
         self.plugins.append(plugin)
-        doors = {
+        doors: dict[str, Callable[..., None]] = {
             "kvfactory_register_methods": self._register_method,
             "kvfactory_register_allocators": partial(self._register, "allocator", self.allocators),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
@@ -135,7 +138,9 @@ class Registry:
         if name != name.lower():
             raise UserError(f"{kind} '{name}' of {plugin} is not in lower case; names are looked up in lower case")
         if (kind, name) in self._owners:
-            raise UserError(f"{kind} '{name}' is registered by both {self._owners[kind, name]} and {plugin}; remove one")
+            raise UserError(
+                f"{kind} '{name}' is registered by both {self._owners[kind, name]} and {plugin}; remove one"
+            )
         self._owners[kind, name] = plugin
         shelf[name] = thing
 
@@ -233,26 +238,31 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         if value is None or value == "none":
             return None
         kind = next(each for each in get_args(kind) if each is not type(None))
-    reader = {int: _read_int, float: float, bool: _read_bool, str: str}.get(kind)
-    if reader is None:
+    if kind not in _READERS:
         return value
+    reader, wanted = _READERS[kind]
     try:
         return reader(value)
     except (TypeError, ValueError, KeyError):
-        raise UserError(f"--{name} is '{value}'; it takes {_KINDS[kind]}") from None
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise UserError(f"--{name} is '{value}'; it takes {wanted}") from None
 
 
 def _read_int(value: Any) -> int:
-    if isinstance(value, float) and not value.is_integer() or isinstance(value, bool):
+    if (isinstance(value, float) and not value.is_integer()) or isinstance(value, bool):
         raise ValueError
     return int(value)
 
 
 def _read_bool(value: Any) -> bool:
     return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+
+
+_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    int: (_read_int, "a whole number"),
+    float: (float, "a number"),
+    bool: (_read_bool, "true or false"),
+    str: (str, "text"),
+}
 
 
 @cache

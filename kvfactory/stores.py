@@ -21,8 +21,18 @@ class Reading(NamedTuple):
     keys: Tensor | list[Tensor]
     """[heads, length, head_dim], or a list of [length, head_dim]."""
     values: Tensor | list[Tensor]
-    positions: Tensor | list[Tensor]
-    """True positions of the entries, [heads or 1, length], or a list of [length]."""
+    positions: Tensor | list[Tensor] | None
+    """True positions of the entries, [heads or 1, length], or a list of [length]; None: 0, 1, 2 and so on."""
+
+    def pieces(self, query: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Queries, keys, values and positions that attend in one go: all heads at once, or head by head if ragged."""
+        if isinstance(self.keys, Tensor):
+            assert isinstance(self.values, Tensor) and not isinstance(self.positions, list)
+            return [(query, self.keys, self.values, self.positions)]
+        heads = zip(
+            query.split(len(query) // len(self.keys)), self.keys, self.values, self.positions or (), strict=True
+        )
+        return [(part, keys[None], values[None], positions[None]) for part, keys, values, positions in heads]
 
 
 class Store(ABC):
@@ -77,11 +87,19 @@ def spread(kv: Tensor, heads: int) -> Tensor:
     return kv if kv.shape[0] == heads else kv.repeat_interleave(heads // kv.shape[0], 0)
 
 
+def new_positions(first: int, tokens: int, device: torch.device) -> Tensor:
+    """[tokens], int64, from `first` on."""
+    return torch.arange(first, first + tokens, device=device)
+
+
 class DenseStore(Store):
     """The same number of entries in every head."""
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Keys and values [heads, length, head_dim]; positions [heads or 1, length], int32, ascending."""
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> None:
+        """Keys and values [heads, length, head_dim]; positions [heads or 1, length], int32, ascending.
+
+        Without positions the entries are all tokens from the first on, and nothing is spent on saying so.
+        """
         self._keys, self._values, self._positions = keys, values, positions
         self._length = keys.shape[1]
         self._shared = True  # the tensors may be somebody else's too: copy before the first write
@@ -94,10 +112,8 @@ class DenseStore(Store):
         heads = self._keys.shape[0]
         self._keys[:, start:end] = spread(keys, heads)
         self._values[:, start:end] = spread(values, heads)
-        if tokens == 1:
-            self._positions[:, start] = position
-        else:
-            self._positions[:, start:end] = torch.arange(position, position + tokens, device=keys.device)
+        if self._positions is not None:
+            self._positions[:, start:end] = position if tokens == 1 else new_positions(position, tokens, keys.device)
         self._length = end
 
     def _grow(self, capacity: int) -> None:
@@ -106,25 +122,31 @@ class DenseStore(Store):
             new[:, : self._length] = old[:, : self._length]
             return new
 
-        self._keys, self._values, self._positions = grown(self._keys), grown(self._values), grown(self._positions)
+        self._keys, self._values = grown(self._keys), grown(self._values)
+        self._positions = None if self._positions is None else grown(self._positions)
         self._shared = False
 
-    def read(self, query: Tensor) -> Reading:  # noqa: ARG002  every query may see every entry
+    def read(self, query: Tensor) -> Reading:
         length = self._length
-        return Reading(self._keys[:, :length], self._values[:, :length], self._positions[:, :length])
+        positions = None if self._positions is None else self._positions[:, :length]
+        return Reading(self._keys[:, :length], self._values[:, :length], positions)
 
     def keep(self, index: Tensor) -> None:
         """Evict all entries but index [heads, count], which is ascending in each head."""
-        positions = self._positions[:, : self._length].expand(index.shape[0], -1)
         wide = index[..., None].expand(-1, -1, self._keys.shape[-1])
+        self._positions = self._all_positions().gather(1, index).int()
         self._keys, self._values = self._keys.gather(1, wide), self._values.gather(1, wide)
-        self._positions = positions.gather(1, index)
         self._length = index.shape[1]
         self._shared = False
 
+    def _all_positions(self) -> Tensor:
+        """[heads, length], int64."""
+        if self._positions is None:
+            return new_positions(0, self._length, self._keys.device).expand(self._keys.shape[0], -1)
+        return self._positions[:, : self._length].long().expand(self._keys.shape[0], -1)
+
     def positions(self) -> list[Tensor]:
-        heads = self._keys.shape[0]
-        return list(self._positions[:, : self._length].long().expand(heads, -1).unbind(0))
+        return list(self._all_positions().unbind(0))
 
     def keys(self) -> list[Tensor]:
         return list(self._keys[:, : self._length].unbind(0))
@@ -148,19 +170,19 @@ class RaggedStore(Store):
         self._lengths = [len(each) for each in positions]
         self._starts = [sum(self._lengths[:head]) for head in range(len(self._lengths))]
         self._room = 0  # free entries at the end of every segment
-        self._keys, self._values, self._positions = torch.cat(list(keys)), torch.cat(list(values)), torch.cat(list(positions))
+        self._keys, self._values = torch.cat(list(keys)), torch.cat(list(values))
+        self._positions = torch.cat(list(positions))
         self._shared = True
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         tokens, heads = keys.shape[1], len(self._lengths)
         if self._shared or tokens > self._room:
             self._grow(tokens + room_for(max(self._lengths)))
-        ends = torch.tensor([start + length for start, length in zip(self._starts, self._lengths, strict=True)])
-        offsets = torch.arange(tokens)
-        slots = (ends[:, None] + offsets).flatten().to(keys.device)
+        ends = torch.tensor(self._starts) + torch.tensor(self._lengths)
+        slots = (ends[:, None] + torch.arange(tokens)).flatten().to(keys.device)
         self._keys.index_copy_(0, slots, spread(keys, heads).flatten(0, 1))
         self._values.index_copy_(0, slots, spread(values, heads).flatten(0, 1))
-        self._positions[slots] = (position + offsets).repeat(heads).to(self._positions)
+        self._positions.index_copy_(0, slots, new_positions(position, tokens, keys.device).repeat(heads).int())
         self._lengths = [length + tokens for length in self._lengths]
         self._room -= tokens
 
@@ -177,7 +199,7 @@ class RaggedStore(Store):
     def _segments(self, flat: Tensor) -> list[Tensor]:
         return [flat[start : start + length] for start, length in zip(self._starts, self._lengths, strict=True)]
 
-    def read(self, query: Tensor) -> Reading:  # noqa: ARG002  every query may see every entry
+    def read(self, query: Tensor) -> Reading:
         return Reading(*(self._segments(flat) for flat in (self._keys, self._values, self._positions)))
 
     def positions(self) -> list[Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from kvfactory import DenseStore, LayerContext, Method, Store, hookimpl
 from kvfactory.hookspecs import RegisterMethod
 
@@ -15,8 +13,7 @@ class FullKV(Method):
     """Keeps every key and value, as the stock model does."""
 
     def compress(self, layer: LayerContext) -> Store:
-        positions = torch.arange(layer.num_tokens, dtype=torch.int32, device=layer.keys.device)[None]
-        return DenseStore(layer.keys, layer.values, positions)
+        return DenseStore(layer.keys, layer.values)
 
 
 @hookimpl

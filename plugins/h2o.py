@@ -45,7 +45,9 @@ class H2O(EvictionMethod):
             self.heavy_ratio >= 0 and self.recent_ratio >= 0 and self.heavy_ratio + self.recent_ratio > 0,
             f"--heavy_ratio {self.heavy_ratio} and --recent_ratio {self.recent_ratio} must be 0 or more, and not both 0",
         )
-        require(self.recent_size is None or self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        require(
+            self.recent_size is None or self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more"
+        )
         super().__post_init__()
 
     def recent(self) -> int:
@@ -82,7 +84,9 @@ class HeavyHitterStore(DenseStore):
 
     observes = True
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, mass: Tensor, capacity: int, method: H2O) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, positions: Tensor, mass: Tensor, capacity: int, method: H2O
+    ) -> None:
         """`mass` [heads, group, length], float32: the attention each entry got from each query head."""
         super().__init__(keys, values, positions)
         self._mass = mass
@@ -100,8 +104,8 @@ class HeavyHitterStore(DenseStore):
         recent = min(self._method.recent(), self._capacity - 1)
         scores = reduce_groups(self._mass.flatten(0, 1), self._mass.shape[0], self._method.gqa_score_agg)
         if self._method.normalize:
-            newest = self._positions[:, self._length - 1 : self._length]
-            scores = scores / (newest + 1 - self._positions[:, : self._length])
+            positions = self._all_positions()
+            scores = scores / (positions[:, -1:] + 1 - positions)
         heavy = scores[:, : self._length - recent].argsort(dim=-1, descending=True, stable=True)
         heavy = heavy[:, : self._capacity - recent].sort(-1).values
         latest = torch.arange(self._length - recent, self._length, device=heavy.device).expand(len(heavy), -1)

@@ -34,7 +34,9 @@ class SnapKV(EvictionMethod):
     """Pool the scores after the heads of a group became one, or before."""
 
     def __post_init__(self) -> None:
-        require(self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to score the prompt")
+        require(
+            self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to score the prompt"
+        )
         require(
             self.kernel_size >= 1 and self.kernel_size % 2 == 1,
             f"--kernel_size is {self.kernel_size}; pooling keeps the length of its input only with an odd size of 1 or more",

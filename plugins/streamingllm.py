@@ -96,10 +96,10 @@ class StreamingStore(DenseStore):
         reading = super().read(query)
         if self._inverse_frequencies is None:
             return reading
-        sinks = self._sinks
-        assert isinstance(reading.keys, Tensor) and isinstance(reading.positions, Tensor)
-        gap = reading.positions[0, -1] + 1 - reading.positions.shape[1]
-        keys = torch.cat([rotate(reading.keys[:, :sinks], gap, self._inverse_frequencies), reading.keys[:, sinks:]], 1)
+        assert isinstance(reading.keys, Tensor)
+        gap = self._all_positions()[0, -1] + 1 - self._length
+        sinks, recent = reading.keys[:, : self._sinks], reading.keys[:, self._sinks :]
+        keys = torch.cat([rotate(sinks, gap, self._inverse_frequencies), recent], 1)
         return reading._replace(keys=keys)
 
 
