@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
+
+from kvfactory import load_model
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,9 @@ def shared() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("KVFACTORY_SHARED is not set to the folder of golden vectors")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def embedded() -> PreTrainedModel:
+    """The embedded model in float32, as golden values have it."""
+    return load_model(dtype="float32", attn_implementation="eager", device="cpu")[0]

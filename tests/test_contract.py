@@ -1,0 +1,97 @@
+"""Every registered method, in each form that its settings give it, keeps the contract."""
+
+from __future__ import annotations
+
+from kvfactory import load_method
+from kvfactory.method import Method
+from kvfactory.registry import get_registry
+from kvfactory.testing import MethodContract
+
+
+class TestFullKV(MethodContract):
+    evicts = False
+
+    def make(self, budget: int) -> Method:
+        return load_method("fullkv")
+
+
+class TestStreamingLLM(MethodContract):
+    def make(self, budget: int) -> Method:
+        return load_method("streamingllm", budget=budget)
+
+
+class TestStreamingLLMWhileDecoding(MethodContract):
+    decode_budget = 16
+
+    def make(self, budget: int) -> Method:
+        return load_method("streamingllm", budget=budget, evict_while_decoding=True)
+
+
+class TestStreamingLLMCachePositions(MethodContract):
+    decode_budget = 16
+
+    def make(self, budget: int) -> Method:
+        return load_method("streamingllm", budget=budget, evict_while_decoding=True, cache_positions=True)
+
+
+class TestH2O(MethodContract):
+    def make(self, budget: int) -> Method:
+        return load_method("h2o", budget=budget)
+
+
+class TestH2OWhileDecoding(MethodContract):
+    decode_budget = 16
+
+    def make(self, budget: int) -> Method:
+        return load_method("h2o", budget=budget, evict_while_decoding=True)
+
+
+class TestH2OQueryHeadsNormalized(MethodContract):
+    decode_budget = 16
+
+    def make(self, budget: int) -> Method:
+        return load_method(
+            "h2o", budget=budget, evict_while_decoding=True, kv_cache_granularity="query_head", normalize=True
+        )
+
+
+class TestH2OPyramid(MethodContract):
+    layer_budgets_vary = True
+
+    def make(self, budget: int) -> Method:
+        return load_method("h2o", budget=budget, allocator="pyramid", recent_size=4)
+
+
+class TestSnapKV(MethodContract):
+    def make(self, budget: int) -> Method:
+        return load_method("snapkv", budget=budget, window_size=4)
+
+
+class TestSnapKVQueryHeads(MethodContract):
+    def make(self, budget: int) -> Method:
+        return load_method("snapkv", budget=budget, window_size=4, kv_cache_granularity="query_head")
+
+
+class TestPyramidKV(MethodContract):
+    layer_budgets_vary = True
+
+    def make(self, budget: int) -> Method:
+        return load_method("pyramidkv", budget=budget, window_size=4)
+
+
+class TestAdaKV(MethodContract):
+    def make(self, budget: int) -> Method:
+        return load_method("adakv", budget=budget, window_size=4)
+
+
+class TestAdaKVQueryHeads(MethodContract):
+    def make(self, budget: int) -> Method:
+        return load_method(
+            "adakv", budget=budget, window_size=4, kv_cache_granularity="query_head", gqa_score_agg="max"
+        )
+
+
+def test_every_method_has_a_contract_test() -> None:
+    built_in = {name for name, entry in get_registry().methods.items() if entry.plugin.distribution == "kvfactory"}
+    tested = {name for name in built_in for contract in globals() if contract.lower().startswith(f"test{name}")}
+    assert tested == built_in
