@@ -1,0 +1,250 @@
+"""LongBench and LongBench-E: their rows, prompts and scores, by the official protocol.
+
+The facts of the 21 datasets (template, length of the answer, metric, ...) are in longbench.json beside this file. Rows
+come from `<dataset>.jsonl` files or the official data.zip in a folder of yours, else from the Hugging Face hub.
+Three rules change scores and are easily missed: a prompt that is too long loses its middle as text, before the chat
+template is put around it; six datasets never get a chat template; samsum also ends at a line break.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvfactory import metrics
+from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What the official code knows of one dataset."""
+
+    template: str
+    max_new_tokens: int
+    metric: str
+    """Its function in `kvfactory.metrics.METRICS`, without the `_score` at the end."""
+    language: str
+    type: str
+    placeholders: list[str]
+    no_chat_template: bool
+    first_line_only: bool
+    stop_at_newline: bool
+    samples: int
+    avg_length: int
+    longbench_e_bins: list[int] | None
+    """Rows of `<dataset>_e` with a length below 4000, below 8000 and above; None where LongBench-E lacks it."""
+
+
+_FACTS = json.loads(resources.files("kvfactory.benchmarks").joinpath("longbench.json").read_text("utf-8"))
+DATASETS = {name: DatasetConfig(**facts) for name, facts in _FACTS.items()}
+ENGLISH = tuple(name for name, config in DATASETS.items() if config.language != "zh")
+"""The 16 datasets of the KV-cache papers, in their order."""
+_WITH_E = {**DATASETS, **{f"{name}_e": config for name, config in DATASETS.items() if config.longbench_e_bins}}
+
+
+def dataset_config(dataset: str) -> DatasetConfig:
+    """The facts of a dataset, or for one of LongBench-E such as `qasper_e` those of its base."""
+    if dataset not in _WITH_E:
+        raise unknown("dataset", dataset, _WITH_E)
+    return _WITH_E[dataset]
+
+
+# ---- rows ----
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "input": (_is_text, "a string"),
+    "context": (_is_text, "a string"),
+    "answers": (_is_texts, "a list of strings"),
+    "length": (lambda value: isinstance(value, int), "a whole number"),
+    "language": (_is_text, "a string"),
+    "all_classes": (lambda value: value is None or _is_texts(value), "a list of strings or null"),
+}
+
+
+def _row(line: bytes, where: str, config: DatasetConfig) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for field, (is_valid, expected) in _FIELDS.items():
+        if field not in row:
+            raise UserError(f"{where}: field '{field}' is missing; a row has {', '.join(_FIELDS)}")
+        if not is_valid(row[field]):
+            raise UserError(f"{where}: field '{field}' is not {expected}")
+    if config.metric == "classification" and not row["all_classes"]:
+        raise UserError(f"{where}: field 'all_classes' is empty, but this dataset is scored by class names")
+    return row
+
+
+def _download(dataset: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:  # the archive itself, since `datasets` no longer runs the script that the hub's LongBench is made of
+        return Path(hf_hub_download("THUDM/LongBench", "data.zip", repo_type="dataset"))
+    except OSError as error:
+        raise UserError(
+            f"cannot download LongBench's data.zip ({type(error).__name__}); "
+            f"put {dataset}.jsonl or data.zip in a folder and name it with --data_dir"
+        ) from error
+
+
+def _from_archive(archive: Path, file: str) -> tuple[str, bytes]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for member in opened.namelist():
+                if PurePosixPath(member).name == file:
+                    return f"{archive}/{member}", opened.read(member)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{archive} is not a zip archive: {error}") from error
+    raise UserError(f"{archive} has no {file}")
+
+
+def _file(dataset: str, data_dir: Path | None) -> tuple[str, bytes]:
+    """Name and content of the dataset's file."""
+    file = f"{dataset}.jsonl"
+    if data_dir is None:
+        return _from_archive(_download(dataset), file)
+    for path in (data_dir / file, data_dir / "data" / file):
+        if path.is_file():
+            return str(path), path.read_bytes()
+    archive = data_dir / "data.zip"
+    if archive.is_file():
+        return _from_archive(archive, file)
+    raise UserError(f"no rows of {dataset}: neither {data_dir / file} nor {archive} exists (--data_dir)")
+
+
+def load_rows(dataset: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a dataset, with the official fields, out of the folder `data_dir` or else from the hub.
+
+    Raises UserError for an unknown dataset, a missing or empty file, and a line that is no row, which it names.
+    """
+    config = dataset_config(dataset)
+    name, content = _file(dataset, data_dir)
+    # Split at line feeds alone: a JSON string may hold other characters that str.splitlines takes for line ends.
+    lines = enumerate(content.split(b"\n"), start=1)
+    rows = [_row(line, f"{name}:{number}", config) for number, line in lines if line.strip()]
+    if not rows:
+        raise UserError(f"{name} has no rows")
+    return rows
+
+
+def _unique_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
+    ids = [str(row.get("_id") or "") for row in rows]
+    if "" in ids or len(set(ids)) < len(ids):
+        return [str(number) for number in range(1, len(rows) + 1)]
+    return ids
+
+
+# ---- prompts and scores ----
+
+
+def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """The prompt; where it has more than `max_length` tokens, the text of its first and last `max_length // 2`.
+
+    As in the official code special tokens count but do not stay in the text, which therefore tokenises to a few
+    tokens more or less than asked for. A `max_length` of 1 drops nothing but them.
+    """
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if len(ids) <= max_length:
+        return prompt
+    half = max_length // 2
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+
+
+class LongBench(Benchmark):
+    """The examples of some LongBench datasets, which are also their groups.
+
+    `chat` gives the token ids, BOS included, of a text inside the model's chat template; None stands for no template.
+    A dataset is cut down to `max_num_examples`: its first ones ("topk") or a seeded choice ("random").
+    """
+
+    name = "longbench"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        datasets: Sequence[str],
+        *,
+        data_dir: Path | None = None,
+        max_prompt_tokens: int,
+        chat: Callable[[str], list[int]] | None,
+        max_num_examples: int | None = None,
+        sample_method: Literal["topk", "random"] = "topk",
+        seed: int = 42,
+    ) -> None:
+        if max_prompt_tokens < 2:
+            raise UserError(f"max_prompt_tokens is {max_prompt_tokens}; a prompt needs 2 or more")
+        if max_num_examples is not None and max_num_examples < 1:
+            raise UserError(f"max_num_examples is {max_num_examples}; expected 1 or more")
+        if sample_method not in ("topk", "random"):
+            raise unknown("sample_method", sample_method, ("topk", "random"))
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.chat = chat
+        self._examples: list[Example] = []
+        self._rows: dict[str, dict[str, Any]] = {}
+        for dataset in dict.fromkeys(datasets):
+            rows = load_rows(dataset, data_dir)
+            numbered = list(zip(_unique_ids(rows), rows, strict=True))
+            count = min(max_num_examples or len(rows), len(rows))
+            if sample_method == "random":
+                chosen = sorted(random.Random(seed).sample(range(len(rows)), count))
+                numbered = [numbered[index] for index in chosen]
+            for row_id, row in numbered[:count]:
+                example = self._example(f"{dataset}/{row_id}", dataset, row)
+                self._examples.append(example)
+                self._rows[example.id] = row
+
+    def _example(self, example_id: str, dataset: str, row: dict[str, Any]) -> Example:
+        config = dataset_config(dataset)
+        newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1:] if config.stop_at_newline else []
+        return Example(
+            id=example_id,
+            group=dataset,
+            answers=row["answers"],
+            max_new_tokens=config.max_new_tokens,
+            min_new_tokens=1 if config.stop_at_newline else 0,
+            stop_ids=frozenset(newline),
+            info={"dataset": dataset, **{key: row.get(key) for key in ("_id", "language", "length", "all_classes")}},
+        )
+
+    def examples(self) -> Sequence[Example]:
+        return self._examples
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        config = dataset_config(example.group)
+        text = config.template.format(**self._rows[example.id])
+        text = truncate_middle(text, self.tokenizer, self.max_prompt_tokens)
+        if self.chat is None or config.no_chat_template:
+            return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return self.chat(text)
+
+    def score(self, example: Example, prediction: str) -> dict[str, float]:
+        config = dataset_config(example.group)
+        scores = {"score": metrics.score(example.group, prediction, example.answers, example.info["all_classes"])}
+        if config.metric.startswith("rouge"):
+            tokenizer = metrics.ChineseWords() if config.language == "zh" else None
+            line = metrics.scored_part(example.group, prediction)
+            scores["rougeL"] = max((metrics.rouge_l(line, each, tokenizer) for each in example.answers), default=0.0)
+        return scores
