@@ -1,0 +1,158 @@
+"""Chat wrapping and stop tokens, on byte-level tokenizers that carry the special tokens of each family."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from kvfactory.chat import chat_ids, has_chat_template, max_prompt_tokens, newline_id, stop_ids
+from kvfactory.errors import UserError
+
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA3_TEMPLATE = (
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role']"
+    " + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+INST_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+QWEN2_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def build(special, bos=None, eos=None, unk=None, template=None, name=""):
+    """A tokenizer of single bytes, so that decoding shows exactly what was encoded; it adds BOS if it has one."""
+    vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        chat_template=template,
+        name_or_path=name,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def llama3(template=None, name=""):
+    return build(LLAMA3_TOKENS, bos="<|begin_of_text|>", eos="<|end_of_text|>", template=template, name=name)
+
+
+def inst(template=None, name="", extra=()):
+    return build(["<unk>", "<s>", "</s>", *extra], bos="<s>", eos="</s>", unk="<unk>", template=template, name=name)
+
+
+def qwen2(template=None):
+    return build(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos="<|im_end|>", template=template)
+
+
+LLAMA3_TURN = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+QWEN2_TURN = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+
+WRAPPED = {
+    "llama-3": (llama3(LLAMA3_TEMPLATE), LLAMA3_TURN),
+    "llama-3 without a template": (llama3(), LLAMA3_TURN),
+    "llama-3 by any path": (llama3(name="/models/my finetune"), LLAMA3_TURN),
+    "mistral": (inst(INST_TEMPLATE), "<s>[INST] Who? [/INST]"),
+    "llama-2 by name": (inst(name="meta-llama/Llama-2-7b-chat-hf"), "<s>[INST] Who? [/INST]"),
+    "llama2 by name": (inst(name="/models/llama2-7b-chat-4k"), "<s>[INST] Who? [/INST]"),
+    "mistral by name": (inst(name="mistralai/Mistral-7B-Instruct-v0.2"), "<s>[INST] Who? [/INST]"),
+    "mistral by token": (inst(extra=["[INST]", "[/INST]"]), "<s>[INST] Who? [/INST]"),
+    "qwen2": (qwen2(QWEN2_TEMPLATE), QWEN2_SYSTEM + QWEN2_TURN),
+    "qwen2 without a template": (qwen2(), QWEN2_TURN),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_turn_is_wrapped_as_published_and_the_prefix_follows_the_header(case):
+    tokenizer, expected = WRAPPED[case]
+    assert has_chat_template(tokenizer)
+    assert tokenizer.decode(chat_ids(tokenizer, "Who?")) == expected
+    assert tokenizer.decode(chat_ids(tokenizer, "Who?", answer_prefix="It is")) == expected + "It is"
+
+
+def test_markers_become_their_own_tokens():
+    tokenizer = llama3(LLAMA3_TEMPLATE)
+    ids = chat_ids(tokenizer, "Who?")
+    assert [index for index in ids if index < len(LLAMA3_TOKENS)] == [0, 2, 3, 4, 2, 3]
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=30), prefix=st.text(max_size=8), case=st.sampled_from(sorted(WRAPPED)))
+def test_bos_is_there_once_and_the_text_is_whole(text, prefix, case):
+    tokenizer, expected = WRAPPED[case]
+    ids = chat_ids(tokenizer, text, prefix)
+    content = text.strip() if tokenizer.chat_template == LLAMA3_TEMPLATE else text
+    assert tokenizer.decode(ids) == expected.replace("Who?", content) + prefix
+    assert ids.count(tokenizer.bos_token_id) == (1 if tokenizer.bos_token else 0)
+
+
+def test_braces_in_a_text_are_only_text():
+    assert "{bos} {text} {{ x }}" in llama3().decode(chat_ids(llama3(), "{bos} {text} {{ x }}"))
+
+
+@pytest.mark.parametrize("name", ["", "mistralai/Mistral-7B-v0.1", "TinyLlama-1.1B", "meta-llama/Llama-3.2-1B"])
+def test_a_base_model_gets_the_plain_text_with_its_special_tokens(name):
+    tokenizer = inst(name=name)
+    assert not has_chat_template(tokenizer)
+    assert tokenizer.decode(chat_ids(tokenizer, "Once", " upon")) == "<s>Once upon"
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(4, {1, 4}), ([0, 4], {0, 1, 4}), (None, {1, 4})], ids=["one", "several", "none"]
+)
+def test_stop_ids_join_config_eos_and_ends_of_turn(configured, expected):
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=configured))
+    assert stop_ids(model, llama3()) == expected  # 1 is the eos <|end_of_text|>, 4 is <|eot_id|>
+
+
+def test_stop_ids_leave_out_what_the_vocabulary_lacks():
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=2))
+    assert stop_ids(model, inst()) == {2}  # <|eot_id|> and the like map to <unk>, id 0
+    assert stop_ids(SimpleNamespace(generation_config=None), qwen2()) == {0, 2}
+
+
+def test_an_unk_token_that_ends_texts_is_still_a_stop():
+    tokenizer = build(["<|endoftext|>", "<|im_end|>"], eos="<|im_end|>", unk="<|endoftext|>")
+    assert stop_ids(SimpleNamespace(generation_config=None), tokenizer) == {0, 1}
+
+
+def test_newline_is_the_last_token_of_a_line_and_never_bos():
+    tokenizer = llama3()
+    assert tokenizer.convert_ids_to_tokens(newline_id(tokenizer)) == "Ċ"
+
+
+@pytest.mark.parametrize(
+    ("window", "prompt"),
+    [(4096, 3500), (8192, 7500), (16384, 15500), (32768, 31500), (131072, 127500), (2048, 1500), (512, 256)],
+)
+def test_prompts_are_as_long_as_longbench_has_them(window, prompt):
+    assert max_prompt_tokens(LlamaConfig(max_position_embeddings=window)) == prompt
+    assert max_prompt_tokens(Qwen2Config(max_position_embeddings=window)) == prompt
+    assert max_prompt_tokens(GPT2Config(n_positions=window)) == prompt
+
+
+def test_a_config_without_a_window_is_refused():
+    with pytest.raises(UserError, match="'odd' model names no context window"):
+        max_prompt_tokens(SimpleNamespace(model_type="odd"))
