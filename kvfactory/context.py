@@ -16,8 +16,8 @@ from .errors import UserError
 
 T = TypeVar("T")
 
-QUERY_CHUNK = 256
-"""Queries whose attention rows are held at once while attention is summed over a whole prompt."""
+QUERY_CHUNK = 64
+"""Queries whose attention rows are held at once while attention is summed over a whole prompt: few, to stay in cache."""
 
 
 @dataclass(eq=False)
@@ -81,12 +81,11 @@ class LayerContext:
     def _attention(self, start: int, stop: int | None = None) -> Tensor:
         """Causal attention weights of queries start..stop over keys 0..stop, [query_heads, stop - start, stop], float32."""
         stop = self.num_tokens if stop is None else stop
-        group = self.query_heads // self.kv_heads
-        queries = self.queries[:, start:stop].float().unflatten(0, (self.kv_heads, group)).flatten(1, 2)
-        logits = queries @ self.keys[:, :stop].float().transpose(1, 2) / math.sqrt(queries.shape[-1])
-        logits = logits.view(self.query_heads, stop - start, stop)
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=logits.device).triu(1)
-        logits[:, :, start:].masked_fill_(future, -math.inf)
+        keys = self.shared("keys in float32", lambda: self.keys.float().transpose(1, 2).contiguous())
+        queries = self.queries[:, start:stop].float() / math.sqrt(self.queries.shape[-1])
+        folded = queries.reshape(self.kv_heads, -1, queries.shape[-1])
+        logits = (folded @ keys[:, :, :stop]).view(self.query_heads, stop - start, stop)
+        logits[:, :, start:] += torch.full((stop - start, stop - start), -math.inf, device=logits.device).triu(1)
         return logits.softmax(-1)
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class DecodeRow:
     made: int = 0
 
 
+Row = TypeVar("Row", bound=DecodeRow)
+
+
 class Engine:
     """Runs a model under compression: `prefill`, then `decode` or `score`, then more of either."""
 
@@ -90,13 +94,13 @@ class Engine:
         """
         rows = [DecodeRow(each, max_new_tokens, frozenset(stop), min_new_tokens) for each in sequences]
         before = [len(each.tokens) for each in sequences]
-        active = rows
+        active: SequenceOf[DecodeRow] = rows
         while active:
             active = self.step(active)
         return [each.tokens[start:] for each, start in zip(sequences, before, strict=True)]
 
     @torch.no_grad()
-    def step(self, rows: SequenceOf[DecodeRow]) -> list[DecodeRow]:
+    def step(self, rows: SequenceOf[Row]) -> list[Row]:
         """One token for every row; returns the rows that go on. Between steps rows may leave and others join."""
         self._feed([row.sequence for row in rows if row.sequence.logits is None])
         chosen = torch.stack([self._candidates(row) for row in rows]).argmax(-1).tolist()

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # type: ignore[import-untyped]
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from kvfactory.errors import UserError

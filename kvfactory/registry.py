@@ -161,6 +161,10 @@ class Registry:
             raise unknown("allocator", name, self.allocators)
         return self.allocators[name]
 
+    def has_budget(self, name: str) -> bool:
+        """Whether a method evicts down to a budget, or keeps everything."""
+        return "budget" in _settings(self.method_entry(name).attention)
+
     def settings(self, name: str, allocator: str | None = None) -> dict[str, Setting]:
         """All settings of a method and its allocator, `budget` and `allocator` left out."""
         entry = self.method_entry(name)

@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
@@ -93,9 +93,13 @@ class RunFolder:
         self.rows.append(kept)
         self.done.add(key_of(kept))
 
-    def write_csv(self) -> Path:
-        """Write `results.csv`, one line per benchmark, group, method and budget, from all rows; return its path."""
-        _replace(self.path / CSV, summarise(self.rows).to_csv(index=False, lineterminator="\n"))
+    def write_csv(self, rows: Sequence[Row] | None = None) -> Path:
+        """Write `results.csv`, one line per benchmark, group, method and budget; return its path.
+
+        `rows` are all rows in another order than that in which they were written: the order of the lines follows it.
+        """
+        frame = summarise(self.rows if rows is None else rows)
+        _replace(self.path / CSV, frame.to_csv(index=False, lineterminator="\n"))
         return self.path / CSV
 
     def close(self) -> None:

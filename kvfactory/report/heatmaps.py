@@ -71,7 +71,9 @@ def score_grids(rows: Sequence[Mapping[str, Any]], score: str = "score") -> dict
         raise UserError(f"'{score}' runs from {frame['score'].min():g} to {frame['score'].max():g}; heatmaps show 0..1")
     depths, lengths = sorted(frame["depth"].unique()), sorted(frame["length"].unique())
     return {
-        (str(method), budget): part.pivot_table("score", "depth", "length").reindex(index=depths, columns=lengths)
+        (str(method), budget if isinstance(budget, int) else FULL): part.pivot_table(
+            "score", "depth", "length"
+        ).reindex(index=depths, columns=lengths)
         for (method, budget), part in frame.groupby(["method", "budget"], sort=False)
     }
 
@@ -101,7 +103,7 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     for axes in panels.flat:
         axes.set_axis_off()
     for (method, budget), grid in grids.items():
-        line, column = lines.index((method, budget == FULL)), 0 if budget == FULL else budgets.index(int(budget))
+        line, column = lines.index((method, budget == FULL)), budgets.index(budget) if isinstance(budget, int) else 0
         axes = panels[line, column]
         axes.set_axis_on()
         mesh = _draw(axes, grid, size, font=7.0)

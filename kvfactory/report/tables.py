@@ -133,7 +133,7 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
         table.caption = "* nominal: evicted entries are only masked, the memory is not freed"
     table.add_column("\nmethod", overflow="fold")
     costs = ["kept\ntokens", "\nevicted", "\ncache", "of full\ncache"]
-    seconds = [name.replace("_", "\n") for name in SECONDS]
+    seconds = [name.replace("_seconds", "\ns") for name in SECONDS]
     for name in ["\nbudget", "\nrows", *(f"\n{name}" for name in scores), *costs, *seconds]:
         table.add_column(name, justify="right")
     for line in frame.to_dict("records"):

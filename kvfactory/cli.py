@@ -1,0 +1,225 @@
+"""What all commands share: flags, the way errors are told, and a benchmark's run from flags to table.
+
+Flags of methods are made from the dataclass fields of what the registry found, so a plugin's settings are flags too. Their
+values stay text until the registry reads them: there is one place that knows what a setting takes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import models
+from .attention import family_of
+from .benchmarks import Benchmark
+from .chat import stop_ids
+from .engine import Engine
+from .errors import UserError
+from .registry import Registry, get_registry
+from .report.tables import print_table, summarise
+from .results import ROWS, Row, RunFolder, environment
+from .sweep import Sweep, make_jobs
+
+GROWING = ("method", "max_capacity_prompts", "datasets")
+"""Lists of a run that may differ when it is resumed: rows are told apart by them, so more of them only add rows."""
+HARMLESS = ("save_dir", "eval_batch_size", "plugin", "data_dir")
+"""Flags that change where and how fast results come, not what they are."""
+
+
+class CommaList(click.ParamType):
+    """`a,b,c`, each read as another type."""
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        if not parts:
+            self.fail("the list is empty", param, ctx)
+        return [self.item.convert(part, param, ctx) for part in parts]
+
+
+class PositiveInt(click.IntRange):
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+
+def run_command(make_command: Callable[[], click.Command]) -> NoReturn:
+    """Make a command, run it and exit: bad input is one line on stderr and exit code 2, never a traceback."""
+    try:
+        make_command().main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; the same command goes on from here", 130)
+    except click.ClickException as problem:
+        _fail(problem.format_message(), 2)
+    except UserError as problem:
+        _fail(str(problem), 2)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def load_plugins(arguments: Sequence[str]) -> Registry:
+    """The registry, with the files that `--plugin` names: they are needed before flags can be known."""
+    registry = get_registry()
+    values = [value for flag, value in pairwise(arguments) if flag == "--plugin"]
+    values += [each.split("=", 1)[1] for each in arguments if each.startswith("--plugin=")]
+    for path in dict.fromkeys(values):
+        registry.add_file(path)
+    return registry
+
+
+def method_options(registry: Registry) -> list[click.Option]:
+    """A flag for every setting that some method or allocator has; the help names the owners and their defaults."""
+    owners: dict[str, dict[str, Any]] = {}
+    for name in registry.methods:
+        for allocator in registry.allocators:
+            for setting in registry.settings(name, allocator).values():
+                owners.setdefault(setting.name, {})[name] = setting.default
+    return [
+        click.Option([f"--{setting}"], default=None, help=_owners(defaults), metavar="VALUE")
+        for setting, defaults in owners.items()
+    ]
+
+
+def _owners(defaults: dict[str, Any]) -> str:
+    by_default: dict[str, list[str]] = {}
+    for name, default in defaults.items():
+        by_default.setdefault(str(default), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {default}" for default, names in by_default.items())
+
+
+def sweep_options() -> list[click.Option]:
+    """Flags of every command that runs methods over a benchmark."""
+    texts = CommaList(click.STRING)
+    return [
+        click.Option(
+            ["--method"], type=texts, required=True, help="Methods, separated by commas; settings behind colons."
+        ),
+        click.Option(
+            ["--max_capacity_prompts"],
+            type=CommaList(PositiveInt()),
+            default="512",
+            show_default=True,
+            help="Budgets: KV entries kept per head and layer, separated by commas.",
+        ),
+        click.Option(["--allocator"], help="How budgets are split, in place of each method's own way."),
+        click.Option(["--model_path"], help="Hub id, folder or .gguf file.  [default: the embedded model]"),
+        click.Option(
+            ["--attn_implementation"], default="sdpa", show_default=True, help="eager, sdpa or flash_attention_2."
+        ),
+        click.Option(["--dtype"], default="auto", show_default=True, help="auto, float32, float16 or bfloat16."),
+        click.Option(["--device"], default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.Option(
+            ["--eval_batch_size"], type=PositiveInt(), default=64, show_default=True, help="Rows decoded together."
+        ),
+        click.Option(["--seed"], type=int, default=42, show_default=True),
+        click.Option(["--save_dir"], type=click.Path(path_type=Path), help="The run folder."),
+        click.Option(["--plugin"], multiple=True, help="A Python file with a plugin in it."),
+    ]
+
+
+Make = Callable[[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]], tuple[Benchmark, dict[str, Any]]]
+"""(model, tokenizer, flags) -> the benchmark, and facts about its data for run_meta.json."""
+Finish = Callable[[list[Row], Path, Console], None]
+"""(all rows, the run folder, where to print) -> what a runner adds once all rows are there."""
+
+
+def sweep_command(
+    name: str, help: str, options: list[click.Option], make: Make, finish: Finish, registry: Registry
+) -> click.Command:
+    """The command of one benchmark: its own options beside those of every sweep and every method."""
+    settings = method_options(registry)
+    setting_names = [each.name for each in settings]
+
+    def run(**flags: Any) -> None:
+        chosen = {each: flags.pop(each) for each in setting_names if each}
+        given = {each: value for each, value in chosen.items() if value is not None}
+        run_sweep(name, flags, given, make, finish, registry)
+
+    return click.Command(name, params=[*sweep_options(), *options, *settings], callback=run, help=help)
+
+
+def run_sweep(
+    name: str, flags: dict[str, Any], settings: dict[str, Any], make: Make, finish: Finish, registry: Registry
+) -> None:
+    """Load, run what is missing, write the tables and say where everything is."""
+    console = Console()
+    jobs = make_jobs(registry, flags["method"], flags["max_capacity_prompts"], flags["allocator"], settings)
+    torch.set_num_threads(models.default_threads())
+    _seed(flags["seed"])
+    model, tokenizer = models.load_model(
+        flags["model_path"], flags["attn_implementation"], flags["dtype"], flags["device"]
+    )
+    family_of(model, registry.families)
+    benchmark, facts = make(model, tokenizer, flags)
+    arguments = {each: _plain(value) for each, value in flags.items()} | settings
+    kept = {each: value for each, value in arguments.items() if each not in (*GROWING, *HARMLESS)}
+    model_facts = {"model": flags["model_path"] or models.EMBEDDED, "dtype": str(model.dtype).removeprefix("torch.")}
+    where = {**environment([asdict(plugin) for plugin in registry.plugins]), "device_of_model": str(model.device)}
+    save_dir = flags["save_dir"] or Path("results") / name / Path(str(model_facts["model"])).name
+    with RunFolder.open(
+        save_dir, kept | model_facts | facts, environment=where, arguments=arguments | {"command": sys.argv}
+    ) as folder:
+        if folder.notice:
+            print(f"notice: {folder.notice}", file=sys.stderr)
+        stop, at_once = stop_ids(model, tokenizer), flags["eval_batch_size"]
+        sweep = Sweep(Engine(model, tokenizer), tokenizer, benchmark, jobs, folder, stop, at_once)
+        _run_with_progress(sweep, name)
+        rows = sweep.rows()
+        print_table(summarise(rows), console)
+        console.print(f"rows    {folder.path / ROWS}\ntable   {folder.write_csv(rows)}", soft_wrap=True)
+        finish(rows, folder.path, console)
+
+
+def _run_with_progress(sweep: Sweep, name: str) -> None:
+    missing = sweep.missing()
+    total = sum(len(jobs) for _, jobs in missing)
+    already = len(sweep.folder.rows)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        if already:
+            progress.console.print(f"{already} rows are in {sweep.folder.path} already, {total} to go", soft_wrap=True)
+        if missing:
+            sweep.warm_up()
+        task = progress.add_task(f"{name}: {len(missing)} prompts, {len(sweep.jobs)} configurations", total=total)
+        sweep.run(lambda row: progress.advance(task))
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,210 @@
+"""A sweep: many methods and budgets over the same examples, one prefill an example, decode steps shared by all.
+
+Examples whose rows are in the run folder already are skipped, and of the others only the missing methods run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .benchmarks import Benchmark, Example
+from .engine import DecodeRow, Engine
+from .engine import Sequence as DecodedSequence
+from .errors import UserError
+from .method import Method
+from .registry import Registry
+from .results import Row, RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method at one budget, as a sweep runs it and tables name it."""
+
+    label: str
+    """The method's name and the settings given with it: `h2o:recent_size=32`."""
+    budget: int | None
+    """None for a method that keeps everything."""
+    method: Method
+
+
+def make_jobs(
+    registry: Registry,
+    specs: Sequence[str],
+    budgets: Sequence[int],
+    allocator: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Job]:
+    """Every method at every budget. A spec is a name, and settings of its own behind colons: `snapkv:window_size=16`.
+
+    `allocator` and `settings` go to each method that has them. Raises `UserError` for what no method here has.
+    """
+    settings = settings or {}
+    parsed = {spec: _parse(spec) for spec in dict.fromkeys(specs)}
+    known = {spec: registry.settings(name, own.get("allocator", allocator)) for spec, (name, own) in parsed.items()}
+    for setting in settings:
+        if not any(setting in each for each in known.values()):
+            raise UserError(f"--{setting} is not a setting of {', '.join(parsed)}; {_owners(registry, setting)}")
+    jobs: dict[tuple[str, int | None], Job] = {}
+    for (spec, (name, own)), budget in product(parsed.items(), budgets):
+        has_budget = registry.has_budget(name)
+        given = {each: value for each, value in settings.items() if each in known[spec]}
+        given |= {"allocator": allocator} if has_budget and allocator else {}
+        method = registry.load_method(name, budget if has_budget else None, **(given | own))
+        job = Job(spec.lower(), budget if has_budget else None, method)
+        jobs.setdefault((job.label, job.budget), job)
+    return list(jobs.values())
+
+
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    name, *pairs = spec.split(":")
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--method '{spec}': '{pair}' is not setting=value; write name:setting=value:setting=value")
+    return name, dict(pair.split("=", 1) for pair in pairs)
+
+
+def _owners(registry: Registry, setting: str) -> str:
+    owners = [name for name in registry.methods if setting in registry.settings(name)]
+    return f"it is one of {', '.join(owners)}" if owners else "no method has it"
+
+
+@dataclass(eq=False, kw_only=True)
+class Running(DecodeRow):
+    """A sequence in decoding, and what its row will say."""
+
+    example: Example
+    job: Job
+    footprint: Row
+    """Its size right after the prefill."""
+
+
+class Sweep:
+    """Runs jobs over a benchmark's examples and writes a row for each."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        benchmark: Benchmark,
+        jobs: Sequence[Job],
+        folder: RunFolder,
+        stop: Collection[int],
+        rows_at_once: int = 64,
+    ) -> None:
+        """`stop` are the model's own stop tokens; `rows_at_once` sequences decode together, or one example's if more."""
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.benchmark = benchmark
+        self.jobs = jobs
+        self.folder = folder
+        self.stop = frozenset(stop)
+        self.rows_at_once = rows_at_once
+
+    def missing(self) -> list[tuple[Example, list[Job]]]:
+        """What is left to do: examples, and the jobs that have no row of them yet."""
+        todo = [
+            (example, [job for job in self.jobs if (example.id, job.label, job.budget) not in self.folder.done])
+            for example in self.benchmark.examples()
+        ]
+        return [(example, jobs) for example, jobs in todo if jobs]
+
+    def rows(self) -> list[Row]:
+        """All rows of the folder, in the order of examples and jobs rather than that in which they ended."""
+        examples = {example.id: rank for rank, example in enumerate(self.benchmark.examples())}
+        jobs = {(job.label, job.budget): rank for rank, job in enumerate(self.jobs)}
+
+        def rank(row: Row) -> tuple[int, int]:
+            job = jobs.get((row["method"], row["budget"]), len(jobs))
+            return job, examples.get(row["example_id"], len(examples))
+
+        return sorted(self.folder.rows, key=rank)
+
+    def warm_up(self) -> None:
+        """Run every method once on a short prompt, so that first calls are not in anybody's time."""
+        prompt = [1] * 2 * max((job.budget or 0 for job in self.jobs), default=0)
+        self.engine.decode(self.engine.prefill(prompt[:256] or [1], [job.method for job in self.jobs]), 2)
+
+    def run(self, on_row: Callable[[Row], None] = lambda row: None) -> None:
+        """Everything that is missing; `on_row` is called with each row once it is written."""
+        active: list[Running] = []
+        for example, jobs in self.missing():
+            while active and len(active) + len(jobs) > self.rows_at_once:
+                active = self._step(active, on_row)
+            active += self._start(example, jobs)
+        while active:
+            active = self._step(active, on_row)
+
+    def _start(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
+        sequences = self.engine.prefill(self.benchmark.prompt_ids(example), [job.method for job in jobs])
+        full = full_cache_bytes(self.engine.model, sequences[0].prompt_tokens)
+        return [
+            Running(
+                sequence=sequence,
+                max_new_tokens=example.max_new_tokens,
+                stop=self.stop | example.stop_ids,
+                min_new_tokens=example.min_new_tokens,
+                example=example,
+                job=job,
+                footprint=footprint(sequence, full),
+            )
+            for job, sequence in zip(jobs, sequences, strict=True)
+        ]
+
+    def _step(self, active: list[Running], on_row: Callable[[Row], None]) -> list[Running]:
+        going = self.engine.step(active)
+        for ended in (row for row in active if row.sequence.stop_reason):
+            row = self._row(ended)
+            self.folder.append(row)
+            on_row(row)
+        return going
+
+    def _row(self, ended: Running) -> Row:
+        sequence, example, job = ended.sequence, ended.example, ended.job
+        prediction = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
+        return {
+            "benchmark": self.benchmark.name,
+            "group": example.group,
+            "example_id": example.id,
+            "method": job.label,
+            "budget": job.budget,
+            "settings": job.method.settings(),
+            "prediction": prediction,
+            "answers": example.answers,
+            **self.benchmark.score(example, prediction),
+            **ended.footprint,
+            "memory": job.method.memory,
+            "prompt_tokens": sequence.prompt_tokens,
+            "new_tokens": len(sequence.tokens),
+            "stop_reason": sequence.stop_reason,
+            "prefill_seconds": sequence.prefill_seconds,
+            "compress_seconds": sequence.cache.compress_seconds,
+            "decode_seconds": sequence.decode_seconds,
+            **example.info,
+        }
+
+
+def footprint(sequence: DecodedSequence, full: int) -> Row:
+    """What a sequence keeps of its prompt: entries per head over the layers, bytes, and the ratio to a full cache."""
+    kept = sequence.cache.kept()
+    held = sequence.cache.nbytes()
+    return {
+        "kept_tokens_min": min(kept),
+        "kept_tokens_mean": sum(kept) / len(kept),
+        "kept_tokens_max": max(kept),
+        "cache_bytes": held,
+        "full_cache_bytes": full,
+        "ratio": held / full,
+        "evicted": min(kept) < sequence.prompt_tokens,
+    }
+
+
+def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, in all layers, nothing compressed."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize * tokens
