@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from .context import LayerContext
@@ -110,10 +111,18 @@ class CompressedCache(Cache):
                 for cache in self.rows[row]:
                     cache.compress(context)
             return output
-        output = torch.zeros_like(layer.query)
-        for row, (cache,) in enumerate(self.rows):
-            self._decode_row(output[row], layer, row, cache)
-        return output
+        outputs = [
+            self._decode(caches[0], layer.index, query, key, value, padding)
+            for caches, query, key, value, padding in zip(
+                self.rows,
+                layer.query.unbind(0),
+                layer.key.unbind(0),
+                layer.value.unbind(0),
+                self._padding,
+                strict=True,
+            )
+        ]
+        return torch.stack(outputs)
 
     def _context(self, layer: LayerBatch, row: int) -> LayerContext:
         start = self._padding[row]
@@ -127,20 +136,23 @@ class CompressedCache(Cache):
             inverse_frequencies=self.inverse_frequencies,
         )
 
-    def _decode_row(self, output: Tensor, layer: LayerBatch, row: int, cache: SequenceCache) -> None:
-        start = self._padding[row]
-        query = layer.query[row, :, start:]
-        tokens = query.shape[1]
-        if tokens == 0:
-            return
-        store = cache.stores[layer.index]
-        store.append(layer.key[row, :, start:], layer.value[row, :, start:], cache.seen)
-        pieces = store.read(query).pieces(query)
-        results = [decode_attention(self.kernel, *piece, cache.seen, self.window, store.observes) for piece in pieces]
-        output[:, start:] = torch.cat([attended for attended, _ in results]) if len(results) > 1 else results[0][0]
+    def _decode(
+        self, cache: SequenceCache, layer_index: int, query: Tensor, key: Tensor, value: Tensor, padding: int
+    ) -> Tensor:
+        """One row's attention over its store, [query_heads, tokens, head_dim]; what padding attends to is nothing."""
+        if padding:
+            if padding == query.shape[1]:
+                return torch.zeros_like(query)
+            row = self._decode(cache, layer_index, query[:, padding:], key[:, padding:], value[:, padding:], 0)
+            return pad(row, (0, 0, padding, 0))
+        store = cache.stores[layer_index]
+        store.append(key, value, cache.seen)
+        output, weights = decode_attention(
+            self.kernel, query, store.read(query), cache.seen, self.window, store.observes
+        )
         if store.observes:
-            weights = [each for _, each in results if each is not None]
             store.observe(weights if len(weights) > 1 else weights[0])
+        return output
 
 
 @dataclass

@@ -35,7 +35,7 @@ from .sweep import Sweep, make_jobs
 
 GROWING = ("method", "max_capacity_prompts", "datasets")
 """Lists of a run that may differ when it is resumed: rows are told apart by them, so more of them only add rows."""
-HARMLESS = ("save_dir", "eval_batch_size", "plugin", "data_dir")
+HARMLESS = ("save_dir", "eval_batch_size", "plugin")
 """Flags that change where and how fast results come, not what they are."""
 
 
@@ -61,10 +61,11 @@ class PositiveInt(click.IntRange):
         super().__init__(min=1)
 
 
-def run_command(make_command: Callable[[], click.Command]) -> NoReturn:
-    """Make a command, run it and exit: bad input is one line on stderr and exit code 2, never a traceback."""
+def run_command(make_command: Callable[[list[str]], click.Command], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Make a command for its arguments, run it and exit: bad input is one line on stderr and exit code 2, no traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        make_command().main(standalone_mode=False)
+        make_command(arguments).main(arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -81,7 +82,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def load_plugins(arguments: Sequence[str]) -> Registry:
+def registry_for(arguments: Sequence[str]) -> Registry:
     """The registry, with the files that `--plugin` names: they are needed before flags can be known."""
     registry = get_registry()
     values = [value for flag, value in pairwise(arguments) if flag == "--plugin"]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .stores import Reading
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -78,8 +80,9 @@ def eager_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | 
 
 
 def sdpa_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    mask = None if allowed is None else allowed[None]
-    return scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask)[0]
+    query, keys, values = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
+    mask = None if allowed is None else allowed.unsqueeze(0)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask).squeeze(0)
 
 
 def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
@@ -98,47 +101,42 @@ KERNELS = {
 }
 
 
-def fold(query: Tensor, heads: int) -> Tensor:
-    """[query_heads, tokens, dim] -> [heads, group * tokens, dim]: the queries of a stored head side by side."""
-    query_heads, tokens, dim = query.shape
-    return query.reshape(heads, query_heads // heads * tokens, dim)
-
-
-def visible(positions: Tensor | None, length: int, at: Tensor, window: int | None, group: int) -> Tensor:
-    """Which of `length` entries the folded queries may see, bool [heads or 1, group * tokens, length].
+def visible(positions: Tensor, at: Tensor, window: int | None, group: int) -> Tensor:
+    """Which entries the folded queries may see, bool [heads or 1, group * tokens, length].
 
     `positions` [heads or 1, length] are the entries' own, `at` [tokens] the queries'. One rule covers causality inside a
     chunk of new tokens and sliding windows: an entry is seen if it is not later than the query and not out of its window.
     """
-    seen = torch.arange(length, device=at.device)[None, None] if positions is None else positions[:, None]
-    allowed = seen <= at[:, None]
+    allowed = positions[:, None] <= at[:, None]
     if window is not None:
-        allowed = allowed & (seen > at[:, None] - window)
+        allowed = allowed & (positions[:, None] > at[:, None] - window)
     return allowed.repeat(1, group, 1)
 
 
 def decode_attention(
-    kernel: Kernel,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor | None,
-    first: int,
-    window: int | None,
-    with_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of query [query_heads, tokens, dim], the newest tokens from position `first` on, over stored entries.
+    kernel: Kernel, query: Tensor, reading: Reading, first: int, window: int | None, with_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Attention of query [query_heads, tokens, dim], the newest tokens from position `first` on, over what a store gave.
 
-    Keys and values are [heads, length, dim]. Returns the output, shaped like the query, and in float32 the weights
-    [query_heads, tokens, length] if asked for.
+    Returns the output, shaped like the query, and if asked for the weights [query_heads, tokens, length] in float32:
+    one tensor, or one for each head of a ragged store.
     """
-    heads, tokens = keys.shape[0], query.shape[1]
-    allowed = None
-    if tokens > 1 or window is not None:  # a single newest token sees all there is
+    tokens = query.shape[1]
+    pieces = reading.pieces(query)
+    masks: list[Tensor | None] = [None] * len(pieces)
+    if tokens > 1 or window is not None:  # else a single newest token, which sees all there is
         at = torch.arange(first, first + tokens, device=query.device)
-        allowed = visible(positions, keys.shape[1], at, window, query.shape[0] // heads)
-    folded = fold(query, heads)
-    if not with_weights:
-        return kernel.decode(folded, keys, values, allowed).reshape(query.shape), None
-    output, weights = attend_with_weights(folded, keys, values, allowed)
-    return output.reshape(query.shape), weights.reshape(query.shape[0], tokens, -1)
+        masks = [
+            visible(positions, at, window, len(part) // len(keys))
+            for (part, keys, _), positions in zip(pieces, reading.positions_by_piece(), strict=True)
+        ]
+    outputs, weights = [], []
+    for (part, keys, values), allowed in zip(pieces, masks, strict=True):
+        folded = part.reshape(len(keys), -1, part.shape[-1])  # the queries of a stored head side by side
+        if with_weights:
+            attended, each = attend_with_weights(folded, keys, values, allowed)
+            weights.append(each.reshape(len(part), tokens, -1))
+        else:
+            attended = kernel.decode(folded, keys, values, allowed)
+        outputs.append(attended.reshape(part.shape))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), weights

@@ -7,7 +7,7 @@ under `query_head` granularity, a query head. Entries stay in ascending position
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import ClassVar, NamedTuple, Self
 
@@ -21,18 +21,24 @@ class Reading(NamedTuple):
     keys: Tensor | list[Tensor]
     """[heads, length, head_dim], or a list of [length, head_dim]."""
     values: Tensor | list[Tensor]
-    positions: Tensor | list[Tensor] | None
-    """True positions of the entries, [heads or 1, length], or a list of [length]; None: 0, 1, 2 and so on."""
+    positions: Callable[[], Tensor | list[Tensor]]
+    """Gives the true positions of the entries, [heads or 1, length], or a list of [length]; asked only for a mask."""
 
-    def pieces(self, query: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """Queries, keys, values and positions that attend in one go: all heads at once, or head by head if ragged."""
+    def pieces(self, query: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values that attend in one go: all heads at once, or head by head where they are ragged."""
         if isinstance(self.keys, Tensor):
-            assert isinstance(self.values, Tensor) and not isinstance(self.positions, list)
-            return [(query, self.keys, self.values, self.positions)]
-        heads = zip(
-            query.split(len(query) // len(self.keys)), self.keys, self.values, self.positions or (), strict=True
-        )
-        return [(part, keys[None], values[None], positions[None]) for part, keys, values, positions in heads]
+            assert isinstance(self.values, Tensor)
+            return [(query, self.keys, self.values)]
+        queries = query.split(len(query) // len(self.keys))
+        return [
+            (part, keys.unsqueeze(0), values.unsqueeze(0))
+            for part, keys, values in zip(queries, self.keys, self.values, strict=True)
+        ]
+
+    def positions_by_piece(self) -> list[Tensor]:
+        """One [heads or 1, length] tensor for each of `pieces`."""
+        positions = self.positions()
+        return [positions] if isinstance(positions, Tensor) else [each.unsqueeze(0) for each in positions]
 
 
 class Store(ABC):
@@ -87,9 +93,9 @@ def spread(kv: Tensor, heads: int) -> Tensor:
     return kv if kv.shape[0] == heads else kv.repeat_interleave(heads // kv.shape[0], 0)
 
 
-def new_positions(first: int, tokens: int, device: torch.device) -> Tensor:
-    """[tokens], int64, from `first` on."""
-    return torch.arange(first, first + tokens, device=device)
+def consecutive(first: int, count: int, device: torch.device) -> Tensor:
+    """[count] positions, int64, from `first` on."""
+    return torch.arange(first, first + count, device=device)
 
 
 class DenseStore(Store):
@@ -100,53 +106,59 @@ class DenseStore(Store):
 
         Without positions the entries are all tokens from the first on, and nothing is spent on saying so.
         """
-        self._keys, self._values, self._positions = keys, values, positions
+        self._keys, self._values = keys, values
         self._length = keys.shape[1]
+        # entries beyond the listed positions follow each other from `_run_start` on
+        self._listed = keys.new_empty(1, 0, dtype=torch.int32) if positions is None else positions
+        self._run_start = 0
         self._shared = True  # the tensors may be somebody else's too: copy before the first write
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         start, tokens = self._length, keys.shape[1]
-        end = start + tokens
-        if self._shared or end > self._keys.shape[1]:
-            self._grow(end + room_for(end))
+        self._run_on(position)
+        if self._shared or start + tokens > self._keys.shape[1]:
+            self._grow(start + tokens + room_for(start + tokens))
         heads = self._keys.shape[0]
-        self._keys[:, start:end] = spread(keys, heads)
-        self._values[:, start:end] = spread(values, heads)
-        if self._positions is not None:
-            self._positions[:, start:end] = position if tokens == 1 else new_positions(position, tokens, keys.device)
-        self._length = end
+        self._keys.narrow(1, start, tokens).copy_(spread(keys, heads))
+        self._values.narrow(1, start, tokens).copy_(spread(values, heads))
+        self._length = start + tokens
+
+    def _run_on(self, position: int) -> None:
+        """Make sure that an entry at this position can follow the last one."""
+        run = self._length - self._listed.shape[1]
+        if run and position != self._run_start + run:
+            self._listed, run = self._all_positions().int(), 0
+        if not run:
+            self._run_start = position
 
     def _grow(self, capacity: int) -> None:
         def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(old.shape[0], capacity, *old.shape[2:])
+            new = old.new_empty(old.shape[0], capacity, old.shape[2])
             new[:, : self._length] = old[:, : self._length]
             return new
 
         self._keys, self._values = grown(self._keys), grown(self._values)
-        self._positions = None if self._positions is None else grown(self._positions)
         self._shared = False
 
     def read(self, query: Tensor) -> Reading:
-        length = self._length
-        positions = None if self._positions is None else self._positions[:, :length]
-        return Reading(self._keys[:, :length], self._values[:, :length], positions)
+        keys, values = self._keys.narrow(1, 0, self._length), self._values.narrow(1, 0, self._length)
+        return Reading(keys, values, self._all_positions)
 
     def keep(self, index: Tensor) -> None:
         """Evict all entries but index [heads, count], which is ascending in each head."""
         wide = index[..., None].expand(-1, -1, self._keys.shape[-1])
-        self._positions = self._all_positions().gather(1, index).int()
+        self._listed = self._all_positions().expand(len(index), -1).gather(1, index).int()
         self._keys, self._values = self._keys.gather(1, wide), self._values.gather(1, wide)
         self._length = index.shape[1]
         self._shared = False
 
     def _all_positions(self) -> Tensor:
-        """[heads, length], int64."""
-        if self._positions is None:
-            return new_positions(0, self._length, self._keys.device).expand(self._keys.shape[0], -1)
-        return self._positions[:, : self._length].long().expand(self._keys.shape[0], -1)
+        """[heads or 1, length], int64."""
+        run = consecutive(self._run_start, self._length - self._listed.shape[1], self._keys.device)
+        return torch.cat([self._listed.long(), run.expand(len(self._listed), -1)], 1)
 
     def positions(self) -> list[Tensor]:
-        return list(self._all_positions().unbind(0))
+        return list(self._all_positions().expand(len(self._keys), -1).unbind(0))
 
     def keys(self) -> list[Tensor]:
         return list(self._keys[:, : self._length].unbind(0))
@@ -167,43 +179,58 @@ class RaggedStore(Store):
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Sequence[Tensor]) -> None:
         """One [length, head_dim] key and value tensor and one [length] int32 position tensor a stored head."""
-        self._lengths = [len(each) for each in positions]
-        self._starts = [sum(self._lengths[:head]) for head in range(len(self._lengths))]
+        self._listed_lengths = [len(each) for each in positions]
+        self._listed = torch.cat(list(positions))
+        # entries beyond the listed positions follow each other from `_run_start` on, in every head
+        self._run_start, self._run = 0, 0
         self._room = 0  # free entries at the end of every segment
         self._keys, self._values = torch.cat(list(keys)), torch.cat(list(values))
-        self._positions = torch.cat(list(positions))
+        self._ends = torch.tensor(self._listed_lengths, device=self._keys.device).cumsum(0)
         self._shared = True
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        tokens, heads = keys.shape[1], len(self._lengths)
+        tokens, heads = keys.shape[1], len(self._listed_lengths)
+        self._run_on(position)
         if self._shared or tokens > self._room:
-            self._grow(tokens + room_for(max(self._lengths)))
-        ends = torch.tensor(self._starts) + torch.tensor(self._lengths)
-        slots = (ends[:, None] + torch.arange(tokens)).flatten().to(keys.device)
+            self._grow(tokens + room_for(max(self.lengths())))
+        slots = self._ends
+        if tokens > 1:
+            slots = (slots[:, None] + consecutive(0, tokens, slots.device)).flatten()
         self._keys.index_copy_(0, slots, spread(keys, heads).flatten(0, 1))
         self._values.index_copy_(0, slots, spread(values, heads).flatten(0, 1))
-        self._positions.index_copy_(0, slots, new_positions(position, tokens, keys.device).repeat(heads).int())
-        self._lengths = [length + tokens for length in self._lengths]
+        self._ends = self._ends + tokens
+        self._run += tokens
         self._room -= tokens
+
+    def _run_on(self, position: int) -> None:
+        """Make sure that an entry at this position can follow the last one."""
+        if self._run and position != self._run_start + self._run:
+            self._listed, self._listed_lengths, self._run = torch.cat(self.positions()).int(), self.lengths(), 0
+        if not self._run:
+            self._run_start = position
 
     def _grow(self, room: int) -> None:
         def grown(old: Tensor) -> Tensor:
-            free = old.new_empty(room, *old.shape[1:])
+            free = old.new_empty(room, old.shape[1])
             return torch.cat([part for segment in self._segments(old) for part in (segment, free)])
 
-        self._keys, self._values, self._positions = grown(self._keys), grown(self._values), grown(self._positions)
-        self._starts = [start + head * (room - self._room) for head, start in enumerate(self._starts)]
+        self._keys, self._values = grown(self._keys), grown(self._values)
+        more = room - self._room
+        self._ends = self._ends + more * consecutive(0, len(self._listed_lengths), self._ends.device)
         self._room = room
         self._shared = False
 
     def _segments(self, flat: Tensor) -> list[Tensor]:
-        return [flat[start : start + length] for start, length in zip(self._starts, self._lengths, strict=True)]
+        """The entries of each head, [length, head_dim], without the room behind them."""
+        with_room = flat.split([length + self._room for length in self.lengths()])
+        return [segment.narrow(0, 0, len(segment) - self._room) for segment in with_room]
 
     def read(self, query: Tensor) -> Reading:
-        return Reading(*(self._segments(flat) for flat in (self._keys, self._values, self._positions)))
+        return Reading(self._segments(self._keys), self._segments(self._values), self.positions)
 
     def positions(self) -> list[Tensor]:
-        return [each.long() for each in self._segments(self._positions)]
+        run = consecutive(self._run_start, self._run, self._listed.device)
+        return [torch.cat([listed.long(), run]) for listed in self._listed.split(self._listed_lengths)]
 
     def keys(self) -> list[Tensor]:
         return self._segments(self._keys)
@@ -212,7 +239,7 @@ class RaggedStore(Store):
         return self._segments(self._values)
 
     def lengths(self) -> list[int]:
-        return list(self._lengths)
+        return [length + self._run for length in self._listed_lengths]
 
     def fork(self) -> Self:
         self._shared = True

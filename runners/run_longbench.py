@@ -5,10 +5,10 @@ Prompts, truncation, stop rules and metrics are the official ones. Rows come fro
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.longbench import ENGLISH, LongBench
 from kvfactory.chat import chat_ids, has_chat_template, max_prompt_tokens
-from kvfactory.cli import CommaList, PositiveInt, load_plugins, run_command, sweep_command
+from kvfactory.cli import CommaList, PositiveInt, registry_for, run_command, sweep_command
 from kvfactory.report.tables import wide
 from kvfactory.results import Row
 
@@ -69,8 +69,12 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
     console.print(f"scores  {path}", soft_wrap=True)
 
 
-def main() -> None:
-    run_command(lambda: sweep_command("longbench", __doc__ or "", OPTIONS, make, finish, load_plugins(sys.argv[1:])))
+def command(arguments: list[str]) -> click.Command:
+    return sweep_command("longbench", __doc__ or "", OPTIONS, make, finish, registry_for(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_command(command, arguments)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -15,7 +15,7 @@ from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import STYLES, Needle
 from kvfactory.chat import chat_ids, has_chat_template
-from kvfactory.cli import CommaList, PositiveInt, load_plugins, run_command, sweep_command
+from kvfactory.cli import CommaList, PositiveInt, registry_for, run_command, sweep_command
 from kvfactory.report.heatmaps import save_heatmaps
 from kvfactory.results import Row
 
@@ -68,8 +68,12 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
     console.print(f"heatmap {overview}  (and {len(single)} of one configuration each beside it)", soft_wrap=True)
 
 
-def main() -> None:
-    run_command(lambda: sweep_command("needle", __doc__ or "", OPTIONS, make, finish, load_plugins(sys.argv[1:])))
+def command(arguments: list[str]) -> click.Command:
+    return sweep_command("needle", __doc__ or "", OPTIONS, make, finish, registry_for(arguments))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_command(command, arguments)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ python scripts/visualize_needle.py results/needle --score rougeL --output figure
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from kvfactory.errors import UserError
+from kvfactory.cli import run_command
 from kvfactory.report.heatmaps import save_heatmaps
 from kvfactory.results import load_rows
 
@@ -26,17 +26,9 @@ def visualize(run_folder: Path, output: Path | None, score: str) -> None:
         click.echo(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; bad input is one line on stderr and exit code 2."""
-    try:
-        return visualize(arguments, standalone_mode=False) or 0
-    except click.ClickException as problem:
-        message = problem.format_message()
-    except UserError as problem:
-        message = str(problem)
-    click.echo(f"error: {message}", err=True)
-    return 2
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_command(lambda _: visualize, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

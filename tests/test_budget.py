@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -193,16 +194,27 @@ def test_heads_have_no_rank_among_themselves(
 
 
 @quick
-@given(scores=head_scores(), budget=budgets)
-def test_without_a_floor_the_best_scores_of_the_layer_win(scores: Tensor, budget: tuple[int, int]) -> None:
+@given(scores=head_scores(), budget=budgets, normalize=st.booleans(), rule=st.sampled_from(["blend", "guarantee"]))
+def test_without_a_floor_the_best_scores_of_the_layer_win(
+    scores: Tensor, budget: tuple[int, int], normalize: bool, rule: str
+) -> None:
     base = min(budget[0], scores.shape[1])
-    expected = [0] * len(scores)
-    best = sorted(((value, head) for head, row in enumerate(scores.tolist()) for value in row), reverse=True)
-    for _, head in best[: base * len(scores)]:
-        expected[head] += 1
-    for rule in ("blend", "guarantee"):
-        allocator = HeadAdaptive(floor=0, normalize=False, floor_rule=rule)  # type: ignore[arg-type]
-        assert shares(allocator, scores, budget) == expected
+    rows = [sorted(row, reverse=True) for row in scores.tolist()]
+    weights = [sum(row[:base]) / sum(row) if normalize else 1 for row in rows]
+    best = sorted(
+        (-value * weight, head) for head, (row, weight) in enumerate(zip(rows, weights, strict=True)) for value in row
+    )
+    winners = [head for _, head in best[: base * len(rows)]]
+    allocator = HeadAdaptive(floor=0, normalize=normalize, floor_rule=rule)  # type: ignore[arg-type]
+    assert shares(allocator, scores, budget) == [winners.count(head) for head in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: HeadAdaptive(floor=1.1), lambda: HeadAdaptive(floor=-0.1), lambda: Pyramid(beta=0.9)]
+)
+def test_shares_that_cannot_be_are_refused(make: Callable[[], BudgetAllocator]) -> None:
+    with pytest.raises(UserError, match=r"--(floor|beta) is (1\.1|-0\.1|0\.9);"):
+        make()
 
 
 @pytest.mark.parametrize("rule", ["blend", "guarantee"])
@@ -211,7 +223,7 @@ def test_a_head_with_one_spike_needs_few_entries(rule: str, normalize: bool) -> 
     scores = torch.full((4, 100), 0.01)
     scores[1] = 1e-6
     scores[1, 40] = 1.0
-    counts = shares(HeadAdaptive(floor=0.2, normalize=normalize, floor_rule=rule), scores, (20, 8))
+    counts = shares(HeadAdaptive(floor=0.2, normalize=normalize, floor_rule=rule), scores, (20, 8))  # type: ignore[arg-type]
     sure = int(20 * 0.2)
     assert sure <= counts[1] <= sure + 1
     assert counts[1] < 20 < min(counts[0], counts[2], counts[3]) or sum(counts) == 80
@@ -232,13 +244,13 @@ def test_scores_below_zero_are_shared_rightly_or_refused(rule: str) -> None:
 
 
 class ByPosition(EvictionMethod):
-    """Scores rise with position; protects two sinks and three recent tokens."""
+    """Scores rise with position, by more in later heads; protects two sinks and three recent tokens."""
 
     def protected(self) -> tuple[int, int]:
         return 2, 3
 
     def score(self, layer: LayerContext) -> Tensor:
-        return torch.arange(layer.num_tokens).float().expand(self.stored_heads(layer), -1)
+        return torch.arange(layer.num_tokens).float() * torch.arange(1, 1 + self.stored_heads(layer))[:, None]
 
 
 @quick
@@ -247,8 +259,9 @@ def test_protected_tokens_are_kept_besides_under_every_allocator(
     allocator: BudgetAllocator, budget: int, layer: int
 ) -> None:
     q, k = torch.zeros(4, 40, 2), torch.zeros(2, 40, 2)
-    store = compress_layer(ByPosition(budget=budget, allocator=allocator), q, k, k, layer, 5)
-    scores = torch.arange(40).float()[2:-3].expand(2, -1)
+    method = ByPosition(budget=budget, allocator=allocator)
+    scores = method.score(LayerContext(layer, 5, q, k, k))[:, 2:-3]
     counts = allocator.counts(scores, budget=budget, protected=5, layer_index=layer, num_layers=5)
+    store = compress_layer(method, q, k, k, layer, 5)
     for count, positions in zip(counts, store.positions(), strict=True):
         assert positions.tolist() == [0, 1, *range(37 - count, 37), 37, 38, 39]

@@ -210,13 +210,13 @@ def test_the_printed_table_says_what_was_saved_and_what_was_not():
         make_row("qa", "mask", 64, 0.5, memory="nominal", ratio=1.0),
     ]
     page = shown(summarise(rows))
-    # method, budget, rows, score, kept tokens, evicted, cache, its unit, share of the full cache
-    assert cells_of(page, "fullkv")[1:9] == ["full", "1", "50.00", "1000.0", "-", "3.0", "MiB", "100.0%"]
-    assert cells_of(page, "snapkv")[1:9] == ["64", "1", "50.00", "64.0", "always", "512.0", "KiB", "25.0%"]
-    assert cells_of(page, "adakv")[5:9] == ["50%", "1.0", "MiB", "63.0%"]
-    assert cells_of(page, "h2o")[5:9] == ["never", "3.0", "GiB", "-"], "never evicted: no compression ratio"
-    assert cells_of(page, "kivi")[5:9] == ["never", "1.0", "MiB", "20.0%"], "its bytes shrank without eviction"
-    assert cells_of(page, "mask")[7:9] == ["MiB*", "100.0%"]
+    # method, budget, rows, score, kept tokens, evicted, cache in MiB, share of the full cache
+    assert cells_of(page, "fullkv")[1:8] == ["full", "1", "50.00", "1000.0", "-", "3.0", "100.0%"]
+    assert cells_of(page, "snapkv")[1:8] == ["64", "1", "50.00", "64.0", "always", "0.5", "25.0%"]
+    assert cells_of(page, "adakv")[5:8] == ["50%", "1.0", "63.0%"]
+    assert cells_of(page, "h2o")[5:8] == ["never", "3,072.0", "-"], "never evicted: no compression ratio"
+    assert cells_of(page, "kivi")[5:8] == ["never", "1.0", "20.0%"], "its bytes shrank without eviction"
+    assert cells_of(page, "mask")[6:8] == ["1.0*", "100.0%"]
     assert "* nominal" in page
     assert "nominal" not in shown(summarise(rows[:-1]))
 
@@ -394,7 +394,13 @@ def visualize():
     spec = importlib.util.spec_from_file_location("visualize_needle", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+    def exit_code(*arguments) -> int:
+        with pytest.raises(SystemExit) as stop:
+            module.main([str(argument) for argument in arguments])
+        return stop.value.code
+
+    return exit_code
 
 
 def test_visualize_needle_draws_what_a_run_folder_holds(tmp_path, visualize, capsys):

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from rich.text import Text
 
@@ -110,12 +109,6 @@ def percent(scores: Iterable[float]) -> float:
     return round(100 * sum(values) / len(values), 2)
 
 
-def size(count: float) -> str:
-    """Bytes as people read them: 12.5 MiB."""
-    unit, suffix = pick_unit_and_suffix(int(count), ["B", "KiB", "MiB", "GiB", "TiB"], 1024)
-    return f"{count / unit:.1f} {suffix}"
-
-
 def _first_seen(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The frame sorted by these columns, the values of each in the order in which they first occur."""
     ranks = pd.DataFrame({name: pd.factorize(frame[name])[0] for name in columns}, index=frame.index)
@@ -132,9 +125,8 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
     if (frame["memory"] == "nominal").any():
         table.caption = "* nominal: evicted entries are only masked, the memory is not freed"
     table.add_column("\nmethod", overflow="fold")
-    costs = ["kept\ntokens", "\nevicted", "\ncache", "of full\ncache"]
-    seconds = [name.replace("_seconds", "\ns") for name in SECONDS]
-    for name in ["\nbudget", "\nrows", *(f"\n{name}" for name in scores), *costs, *seconds]:
+    costs = ["kept\ntokens", "\nevicted", "cache\nMiB", "of\nfull", "prefill\ns", "compr.\ns", "decode\ns"]
+    for name in ["\nbudget", "\nrows", *(f"\n{name}" for name in scores), *costs]:
         table.add_column(name, justify="right")
     for line in frame.to_dict("records"):
         table.add_row(
@@ -161,7 +153,7 @@ def _evicted(line: Mapping[Hashable, Any]) -> str:
 def _cache(line: Mapping[Hashable, Any]) -> str:
     if pd.isna(line["cache_bytes"]):
         return "-"
-    return size(line["cache_bytes"]) + ("*" if line["memory"] == "nominal" else "")
+    return f"{line['cache_bytes'] / 2**20:,.1f}" + ("*" if line["memory"] == "nominal" else "")
 
 
 def _ratio(line: Mapping[Hashable, Any]) -> str:

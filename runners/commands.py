@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvfactory.cli import load_plugins, run_command
+from kvfactory.cli import registry_for, run_command
 from kvfactory.registry import Registry
 
 
@@ -32,12 +33,12 @@ def methods_command(registry: Registry) -> click.Command:
     return click.Command("methods", params=[plugin], callback=show, help="List the methods that were found.")
 
 
-def main() -> None:
-    def command() -> click.Command:
-        registry = load_plugins(sys.argv[1:])
-        return click.Group("kvfactory", commands=[methods_command(registry)], help=__doc__)
+def command(arguments: list[str]) -> click.Command:
+    return click.Group("kvfactory", commands=[methods_command(registry_for(arguments))], help=__doc__)
 
-    run_command(command)
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_command(command, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,322 @@
+"""The documentation says what the code does: its plugins run, its lists are complete, its flags and links exist."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+import click
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig
+
+from kvfactory import Engine, EvictionMethod, LayerContext, Store, compress, hookspecs, load_method
+from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.benchmarks.haystack import load_haystack
+from kvfactory.benchmarks.longbench import LongBench
+from kvfactory.benchmarks.needle import STYLES, Needle
+from kvfactory.cli import GROWING, HARMLESS, sweep_command
+from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
+from kvfactory.registry import Registry, get_registry
+from kvfactory.report.tables import summarise
+from kvfactory.results import RunFolder
+from kvfactory.sweep import Sweep, make_jobs
+from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "docs" / "example_plugin"
+PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+TEXTS = {name: path.read_text("utf-8") for name, path in PAGES.items()}
+README, PLUGINS, RESULTS = (TEXTS[name] for name in ("README.md", "docs/plugins.md", "docs/results.md"))
+
+FILES = dict(re.findall(r"<!-- file: ([\w.]+)[^>]*-->\n```python\n(.*?)```", PLUGINS, re.DOTALL))
+HOOKS = [name for name in vars(hookspecs) if name.startswith("kvfactory_")]
+WITH_THE_EMBEDDED_MODEL = pytest.mark.skipif(
+    not any(metadata.distributions(name=EMBEDDED_PACKAGE[0])), reason="the embedded model is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of docs/plugins.md."""
+    path = tmp_path_factory.mktemp("plugins")
+    for name, code in FILES.items():
+        (path / name).write_text(code, "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def documented(folder: Path) -> Registry:
+    """A registry with all plugins of docs/plugins.md in it."""
+    registry = Registry.load()
+    for name in FILES:
+        if not name.startswith("test_"):
+            registry.add_file(folder / name)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as the demo leaves it, in results/demo below this one."""
+
+    class OneExample(Benchmark):
+        name = "one"
+
+        def examples(self) -> list[Example]:
+            return [Example("only/1", "only", ["yes"], max_new_tokens=2)]
+
+        def prompt_ids(self, example: Example) -> list[int]:
+            return list(range(3, 60))
+
+        def score(self, example: Example, prediction: str) -> dict[str, float]:
+            return {"score": 1.0}
+
+    path = tmp_path_factory.mktemp("run")
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: "yes")
+    jobs = make_jobs(get_registry(), ["fullkv", "snapkv"], [16])
+    with RunFolder.open(path / "results" / "demo", {}, environment={}) as opened:
+        Sweep(Engine(tiny_model()), tokenizer, OneExample(), jobs, opened, stop=()).run()
+    return path
+
+
+def table(text: str, heading: str) -> set[str]:
+    """The names in the first column of the table whose first heading this is, without what is behind a bracket."""
+    lines = text.split(f"\n| {heading} |", 1)[1].split("\n\n", 1)[0].split("\n")[2:]
+    return {name.split("(")[0] for line in lines for name in re.findall(r"`([^`]+)`", line.split(" | ")[0])}
+
+
+def public(cls: type) -> set[str]:
+    inherited = {name for base in cls.__mro__ if base.__module__.startswith("kvfactory") for name in vars(base)}
+    settings = {each.name for each in fields(cls)} if hasattr(cls, "__dataclass_fields__") else set()
+    return {name for name in inherited | settings if not name.startswith("_")}
+
+
+# ---- the plugins of the docs
+
+
+def test_the_methods_of_the_docs_keep_what_they_say(documented: Registry) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(4, 50, 8), torch.randn(2, 50, 8), torch.randn(2, 50, 8)
+    kept = {
+        name: [each.tolist() for each in compress_layer(documented.load_method(name, 10), q, k, v).positions()]
+        for name in set(documented.methods) - set(get_registry().methods)
+    }
+    shortest = [sorted(range(46), key=lambda token: float(head[token].norm()))[:6] for head in k]
+    assert kept["newest"] == [list(range(40, 50))] * 2
+    assert kept["keynorm"] == [[*sorted(head), 46, 47, 48, 49] for head in shortest]
+    assert kept["tova"][0] == kept["tova"][1] and len(kept["tova"][0]) == 10
+    assert set(kept) == {"newest", "keynorm", "tova"}
+
+
+@pytest.mark.parametrize("expected", [[15, 5, 15, 5], [15, 5, 10]])
+def test_the_allocator_of_the_docs_keeps_the_budget(documented: Registry, expected: list[int]) -> None:
+    method = documented.load_method("newest", 10, allocator="alternating")
+    q, k, v = torch.randn(2, 50, 8), torch.randn(2, 50, 8), torch.randn(2, 50, 8)
+    layers = range(len(expected))
+    assert [compress_layer(method, q, k, v, each, len(layers)).lengths() for each in layers] == [
+        [length] * 2 for length in expected
+    ]
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_the_family_of_the_docs_is_the_stock_model(
+    documented: Registry, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    monkeypatch.setitem(get_registry().families, "gemma", documented.families["gemma"])
+    sizes = {"vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16}
+    config = GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, hidden_activation="gelu_pytorch_tanh")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
+    ids, mask = tiny_prompts(60)
+    with torch.no_grad():
+        stock, tokens = model(ids).logits, generate(model, ids, mask)
+        with compress(model, load_method("fullkv")):
+            assert torch.equal(model(ids).logits, stock)
+            assert torch.equal(generate(model, ids, mask), tokens)
+
+
+def test_the_contract_test_of_the_docs_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    contract = importlib.import_module("test_newest").TestNewest()
+    for rule in rules():
+        getattr(contract, rule)()
+
+
+def test_the_example_is_the_one_of_the_docs() -> None:
+    assert FILES["kvf_tova.py"] == (EXAMPLE / "kvf_tova.py").read_text("utf-8")
+
+
+def test_the_example_decodes_as_tovas_authors_do(shared: Path, documented: Registry) -> None:
+    golden = np.load(shared / "golden" / "methods_public" / "tova__official_prefill_decode.npz")
+    q, k, v = (torch.from_numpy(golden[name])[0] for name in ("in_q", "in_k", "in_v"))
+    theirs = torch.from_numpy(golden["out_kept"]).long()
+    method = documented.load_method("tova", 12)
+    assert isinstance(method, EvictionMethod)
+    layer = LayerContext(0, 1, q[:, :30], k[:, :30], v[:, :30])
+    assert torch.equal(method.score(layer)[0].topk(12).indices.sort().values, theirs[0])
+    store = method.store(layer, theirs[0].expand(2, -1))  # theirs, for they may let go of the newest token
+    for step, kept in enumerate(theirs[1:], start=1):
+        at = 29 + step
+        store.append(k[:, at : at + 1], v[:, at : at + 1], at)
+        store.observe(torch.from_numpy(golden[f"in_attn_step{step}"])[0][:, None])
+        assert all(torch.equal(positions, kept) for positions in store.positions())
+
+
+def test_the_example_scores_as_kvpress_does(shared: Path, documented: Registry) -> None:
+    golden = np.load(shared / "golden" / "methods_public" / "tova__kvpress_score.npz")
+    q, k, v = (torch.from_numpy(golden[name])[0] for name in ("in_q_pre", "in_k", "in_v"))
+    angle = torch.arange(44)[:, None] * 10000 ** (-torch.arange(0, 8, 2) / 8)
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    query = q * cos + torch.cat([-q[..., 4:], q[..., :4]], -1) * sin
+    method = documented.load_method("tova", 12)
+    assert isinstance(method, EvictionMethod)
+    scores = method.score(LayerContext(0, 1, query, k, v))[:, :-1]
+    torch.testing.assert_close(scores, torch.from_numpy(golden["out_score"])[0][:, :-1], rtol=1e-4, atol=1e-5)
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_is_documented_with_its_arguments(name: str) -> None:
+    hook = getattr(hookspecs, name)
+    heading = f"\n### {name}({', '.join(inspect.signature(hook).parameters)})\n"
+    assert heading in PLUGINS
+    call = inspect.signature(get_type_hints(hook)["register"].__call__)
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in list(call.parameters.values())[1:]]
+    assert f"\n    register{inspect.Signature(bare)}\n" in PLUGINS.split(heading)[1].split("\n### ")[0]
+
+
+def test_no_hook_is_documented_that_does_not_exist() -> None:
+    assert re.findall(r"^### (kvfactory_\w+)", PLUGINS, re.MULTILINE) == HOOKS
+
+
+@pytest.mark.parametrize("cls", [LayerContext, EvictionMethod, Store])
+def test_every_name_of_a_class_is_in_its_reference(cls: type) -> None:
+    assert table(PLUGINS, f"`{cls.__name__}`") == public(cls)
+
+
+def rules() -> list[str]:
+    return [name for name in vars(MethodContract) if name.startswith("test_")]
+
+
+def test_every_rule_of_the_contract_is_listed() -> None:
+    section = PLUGINS.split("\n## The contract kit\n")[1]
+    listed = re.findall(r"^- (.+)$", section, re.MULTILINE)
+    assert listed == [rule.removeprefix("test_").replace("_", " ") for rule in rules()]
+    assert table(section, "attribute") == set(MethodContract.__annotations__)
+
+
+def test_every_field_of_a_row_is_explained(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "results" / "demo" / "rows.jsonl").read_text().splitlines()]
+    assert table(RESULTS, "field") == set(rows[0])
+    assert table(RESULTS, "column") == set(summarise(rows).columns)
+
+
+@WITH_THE_EMBEDDED_MODEL
+def test_every_field_that_needles_add_is_explained() -> None:
+    tokenizer, haystack = load_tokenizer(), load_haystack()
+    added: set[str] = set()
+    for style in STYLES:
+        needle = Needle(tokenizer, style=style, lengths=[512], depths=[50], samples=1, haystack=haystack)
+        example = needle.examples()[0]
+        added |= {*example.info, *needle.score(example, "")}
+    assert table(RESULTS, "needle") == added - {"score"}
+
+
+def test_every_field_that_longbench_adds_is_explained(tmp_path: Path) -> None:
+    row = {"input": "", "context": "It rained.", "answers": ["Rain."], "length": 2, "language": "en"}
+    for dataset in ("gov_report", "qasper"):
+        (tmp_path / f"{dataset}.jsonl").write_text(json.dumps({**row, "all_classes": None}))
+    bench = LongBench(None, ["gov_report", "qasper"], data_dir=tmp_path, max_prompt_tokens=100, chat=None)
+    added = {name for each in bench.examples() for name in (*each.info, *bench.score(each, "Rain."))}
+    assert table(RESULTS, "LongBench") == added - {"score"}
+
+
+def test_what_may_change_on_resume_is_listed() -> None:
+    section = RESULTS.split("\n## Resuming\n")[1]
+    for flags in (GROWING, HARMLESS):
+        assert f" {', '.join(f'`--{flag}`' for flag in flags)}." in section.replace("\n", " ")
+
+
+def methods_table() -> str:
+    """README's table, from the first line of each plugin and the settings that not all of them have."""
+    registry = get_registry()
+    common = {each.name for each in fields(EvictionMethod)}
+    lines = ["| method | paper | what it does | settings and their defaults |", "| --- | --- | --- | --- |"]
+    for name, entry in sorted(registry.methods.items()):
+        if entry.plugin.distribution != "kvfactory":
+            continue
+        first = (inspect.getmodule(entry.attention).__doc__ or "").split("\n")[0]
+        found = re.fullmatch(r"\w+: (.+?)(?: \(arXiv ([\d.]+)\))?\.(?: .*)?", first)
+        assert found, f"{name}: the first line of its docstring is not 'Name: what it does (arXiv number).'"
+        paper = f"[{found[2]}](https://arxiv.org/abs/{found[2]})" if found[2] else ""
+        own = [each for each in registry.settings(name).values() if each.name not in common]
+        settings = ", ".join(f"`{each.name}` {each.default}" for each in own)
+        lines.append(f"| `{name}` | {paper} | {found[1]} | {settings} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_lists_every_method() -> None:
+    listed = README.split("<!-- methods -->\n")[1].split("\n<!-- end of methods -->")[0]
+    assert listed == methods_table(), f"put this into README.md:\n{methods_table()}"
+
+
+# ---- commands, links and code
+
+
+def runners() -> dict[str, Any]:
+    scripts = metadata.distribution("kvfactory").entry_points.select(group="console_scripts")
+    return {each.name: importlib.import_module(each.module) for each in scripts if each.name.startswith("run_")}
+
+
+def test_every_flag_in_the_docs_exists(documented: Registry) -> None:
+    helps = {
+        name: sweep_command(name, "", module.OPTIONS, module.make, module.finish, documented)
+        for name, module in runners().items()
+    }
+    assert {"run_longbench.py", "run_needle_in_haystack.py"} <= set(helps)
+    text = " ".join(command.get_help(click.Context(command)) for command in helps.values())
+    flag = r"(?<![\w-])--[a-z][a-z_]*(?![\w-])"  # pip's have hyphens
+    for page, words in TEXTS.items():
+        assert set(re.findall(flag, words)) <= set(re.findall(flag, text)), page
+
+
+def test_every_command_in_the_docs_exists() -> None:
+    for page, words in TEXTS.items():
+        assert set(re.findall(r"\brun_\w+\.py\b", words)) <= set(runners()), page
+        assert all((ROOT / script).is_file() for script in re.findall(r"\bscripts/\w+\.sh\b", words)), page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https://)([^)\s]+)\)", TEXTS[page]):
+        path, _, anchor = target.partition("#")
+        there = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, target
+
+
+def test_all_python_in_the_docs_is_run_by_a_test() -> None:
+    for page, text in TEXTS.items():
+        assert text.count("```python\n") == len(re.findall(r"<!-- (?:runs|file: .+?) -->\n```python\n", text)), page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- runs -->" in TEXTS[page]])
+def test_the_python_in_the_docs_runs(page: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "README.md" and not any(metadata.distributions(name=EMBEDDED_PACKAGE[0])):
+        pytest.skip("the embedded model is not installed")
+    monkeypatch.chdir(run)
+    namespace: dict[str, Any] = {}
+    for code in re.findall(r"<!-- runs -->\n```python\n(.*?)```", TEXTS[page], re.DOTALL):
+        exec(compile(code, page, "exec"), namespace)

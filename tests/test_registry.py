@@ -1,0 +1,423 @@
+"""How plugins are found and looked up, what a user is told, and that no setting is accepted and ignored."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, Store, UserError, hookimpl, load_method
+from kvfactory.budget import Pyramid, Uniform
+from kvfactory.registry import Plugin, Registry, Setting, convert, get_registry
+from kvfactory.testing import compress_layer
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted(get_registry().methods)
+ALLOCATORS = sorted(get_registry().allocators)
+
+
+class Whole(Method):
+    """Keeps everything."""
+
+    def compress(self, layer: LayerContext) -> Store:
+        return DenseStore(layer.keys, layer.values)
+
+
+def methods_plugin(*names: str) -> ModuleType:
+    """A plugin module that registers methods under these names."""
+
+    @hookimpl
+    def kvfactory_register_methods(register: Callable[..., None]) -> None:
+        for name in names:
+            register(name, attention=Whole)
+
+    module = ModuleType("a_plugin")
+    module.kvfactory_register_methods = kvfactory_register_methods  # type: ignore[attr-defined]
+    return module
+
+
+@contextmanager
+def says(*parts: str) -> Iterator[None]:
+    """Expects a `UserError` of one line that has all parts in it."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+# ---- what is found ----
+
+
+def test_every_plugin_file_has_its_entry_point_and_every_entry_point_its_file() -> None:
+    files = {file.stem for file in (ROOT / "plugins").glob("*.py") if not file.stem.startswith("_")}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["kvfactory"]
+    assert declared == {name: f"kvfactory_plugins.{name}" for name in files}
+    found = metadata.entry_points(group="kvfactory")
+    installed = {each.name: each.value for each in found if each.dist is not None and each.dist.name == "kvfactory"}
+    assert installed == declared, "did you reinstall? entry points are seen after: pip install -e ."
+
+
+def test_every_built_in_plugin_says_where_it_comes_from() -> None:
+    registry = Registry.load()
+    version = metadata.version("kvfactory")
+    ours = [plugin for plugin in registry.plugins if plugin.distribution == "kvfactory"]
+    assert {str(plugin) for plugin in ours} == {f"kvfactory {version}"}
+    assert all(plugin.error is None for plugin in ours)
+    assert registry.method_entry("fullkv").plugin in ours
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **plugins: Any) -> Registry:
+    """A registry that finds these modules, or exceptions their import raises, as entry points of packages named alike."""
+
+    def entry_point(name: str, outcome: Any) -> SimpleNamespace:
+        def load() -> Any:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        return SimpleNamespace(name=name, dist=SimpleNamespace(name=f"kvf-{name}", version="1.2"), load=load)
+
+    found = [entry_point(name, outcome) for name, outcome in plugins.items()]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: found if group == "kvfactory" else [])
+    return Registry.load()
+
+
+def test_one_broken_package_is_told_and_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = ImportError("No module named 'triton'\n(install it)")
+    registry = installed(monkeypatch, bad=broken, good=methods_plugin("mine"))
+    bad = next(plugin for plugin in registry.plugins if plugin.name == "bad")
+    assert bad.error == "ImportError: No module named 'triton' (install it)"
+    assert registry.load_method("mine") == Whole()
+    with says("bad", "kvf-bad 1.2", "ImportError", "No module named 'triton'"):
+        registry.load_method("Bad")
+    with says("unknown method 'other'"):
+        registry.load_method("other")
+
+
+def test_a_package_may_bring_allocators_and_families_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = get_registry().families["llama"]
+
+    class Plugged:
+        @hookimpl
+        def kvfactory_register_allocators(self, register: Callable[..., None]) -> None:
+            register("flat", Uniform)
+
+        @hookimpl
+        def kvfactory_register_families(self, register: Callable[..., None]) -> None:
+            register("llama9", family)
+
+        @hookimpl
+        def kvfactory_register_methods(self, register: Callable[..., None]) -> None:
+            register("mine", attention=ScoreByNorm, allocator="flat")
+
+    registry = installed(monkeypatch, mine=Plugged())
+    assert registry.families["llama9"] is family
+    assert registry.load_method("mine", budget=9) == ScoreByNorm(budget=9, allocator=Uniform())
+
+
+class ScoreByNorm(EvictionMethod):
+    def score(self, layer: LayerContext) -> Tensor:
+        return -layer.keys.norm(dim=-1)
+
+
+# ---- what is refused ----
+
+
+def test_a_name_taken_twice_names_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    with says("'mine'", "kvf-one 1.2", "kvf-two 1.2"):
+        installed(monkeypatch, one=methods_plugin("mine"), two=methods_plugin("other", "mine"))
+
+
+def test_a_plugin_name_taken_twice_names_both_packages() -> None:
+    registry = Registry()
+    registry.add(methods_plugin("a"), Plugin("same", "kvf-one", "1.0"))
+    with says("'same'", "kvf-one 1.0", "kvf-two 2.0"):
+        registry.add(methods_plugin("b"), Plugin("same", "kvf-two", "2.0"))
+
+
+def test_names_are_in_lower_case() -> None:
+    with says("'Mine'", "kvf-one 1.0", "lower case"):
+        Registry().add(methods_plugin("Mine"), Plugin("one", "kvf-one", "1.0"))
+
+
+def a_plugin_with(hook: Callable[..., None]) -> ModuleType:
+    module = ModuleType("a_plugin")
+    setattr(module, hook.__name__, hookimpl(hook))
+    return module
+
+
+def kvfactory_register_method(register: Any) -> None:
+    """Misspelt: the hook has an s at its end."""
+
+
+def kvfactory_register_methods(registry: Any) -> None:
+    """Its argument is `register`."""
+
+
+@pytest.mark.parametrize("hook", [kvfactory_register_method, kvfactory_register_methods])
+def test_a_misspelt_hook_is_refused(hook: Callable[..., None]) -> None:
+    registry = Registry()
+    with says("one", "kvf-one 1.0", hook.__name__):
+        registry.add(a_plugin_with(hook), Plugin("one", "kvf-one", "1.0"))
+
+
+def test_a_refused_plugin_is_not_blamed_on_the_next() -> None:
+    registry = Registry()
+    with pytest.raises(UserError):
+        registry.add(a_plugin_with(kvfactory_register_method), Plugin("bad", "kvf-bad", "1.0"))
+    registry.add(methods_plugin("mine"), Plugin("good", "kvf-good", "1.0"))
+    assert "mine" in registry.methods
+
+
+# ---- files ----
+
+GOOD_PLUGIN = """
+from __future__ import annotations
+from dataclasses import dataclass
+from kvfactory import DenseStore, Method, hookimpl
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Method):
+    size: int = 3
+    def compress(self, layer):
+        return DenseStore(layer.keys, layer.values)
+
+@hookimpl
+def kvfactory_register_methods(register):
+    register("NAME", attention=Mine)
+"""
+
+
+def test_a_plugin_file_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(GOOD_PLUGIN.replace("NAME", "mine"))
+    registry = Registry()
+    registry.add_file(file)
+    assert registry.load_method("mine", size="5").settings() == {"size": 5}
+    assert registry.methods["mine"].plugin.distribution == str(file)
+
+
+def test_two_plugin_files_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    registry = Registry()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "mine.py"
+        file.write_text(GOOD_PLUGIN.replace("NAME", f"mine-{folder}"))
+    registry.add_file(tmp_path / "a" / "mine.py")
+    try:
+        registry.add_file(tmp_path / "b" / "mine.py")
+    except UserError as error:
+        assert all(str(tmp_path / folder / "mine.py") in str(error) for folder in "ab")
+    else:
+        assert sorted(registry.methods) == ["mine-a", "mine-b"]
+        a, b = (type(registry.load_method(f"mine-{folder}")) for folder in "ab")
+        assert a is not b
+
+
+def test_a_plugin_file_that_fails_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name")
+    with says("--plugin", str(broken), "nothing_of_this_name"):
+        Registry().add_file(broken)
+    with says("--plugin", "nowhere.py", "no such file"):
+        Registry().add_file(tmp_path / "nowhere.py")
+    text = tmp_path / "plugin.txt"
+    text.write_text(GOOD_PLUGIN)
+    with says("--plugin", str(text), ".py"):
+        Registry().add_file(text)
+
+
+# ---- names, settings and values ----
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_names_are_looked_up_in_any_case(name: str) -> None:
+    assert load_method(name.upper(), budget=32) == load_method(name, budget=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("snapvk", {"budget": 9}), ("unknown method 'snapvk'", "did you mean 'snapkv'?")),
+        (("zzzzzz", {"budget": 9}), ("unknown method 'zzzzzz'", *METHODS)),
+        (("snapkv", {"budget": 32, "windowsize": 9}), ("'windowsize'", "snapkv", "did you mean 'window_size'?")),
+        (("snapkv", {"budget": 32, "beta": 9}), ("'beta'", "snapkv")),
+        (("fullkv", {"window_size": 9}), ("'window_size'", "fullkv", "none")),
+        (("snapkv", {"budget": 32, "allocator": "piramid"}), ("'piramid'", "did you mean 'pyramid'?")),
+        (("fullkv", {"allocator": "pyramid"}), ("fullkv", "--allocator")),
+        (("snapkv", {"budget": 32, "pooling": "maxpol"}), ("--pooling", "'maxpol'", "did you mean 'maxpool'?")),
+        (("snapkv", {"budget": 32, "window_size": "many"}), ("--window_size", "'many'", "a whole number")),
+        (("snapkv", {"budget": 32, "window_size": 4.5}), ("--window_size", "'4.5'", "a whole number")),
+        (("snapkv", {"budget": 32, "window_size": True}), ("--window_size", "'True'", "a whole number")),
+        (("snapkv", {"budget": 32, "window_size": 0}), ("--window_size", "0")),
+        (("snapkv", {"budget": 32, "kernel_size": 4}), ("--kernel_size", "4", "odd")),
+        (("adakv", {"budget": 32, "floor": "low"}), ("--floor", "'low'", "a number")),
+        (("adakv", {"budget": 32, "floor": 2}), ("--floor", "2")),
+        (("adakv", {"budget": 32, "normalize": "perhaps"}), ("--normalize", "'perhaps'", "true or false")),
+        (("pyramidkv", {"budget": 32, "beta": "nan"}), ("--beta", "nan")),
+        (("h2o", {"budget": 32, "heavy_ratio": -1}), ("--heavy_ratio", "-1")),
+        (("h2o", {"budget": 32, "recent_size": -1}), ("--recent_size", "-1")),
+        (("streamingllm", {"budget": 32, "sink_size": -1}), ("--sink_size", "-1")),
+        (("streamingllm", {"budget": 32, "recent_size": 12}), ("--recent_size 12", "--sink_size 4", "32")),
+        (("snapkv", {}), ("snapkv", "needs a budget", "--max_capacity_prompts")),
+        (("snapkv", {"budget": "all"}), ("--max_capacity_prompts", "'all'", "a whole number")),
+        (("snapkv", {"budget": 8}), ("8", "--max_capacity_prompts", "more than 8")),
+        (("streamingllm", {"budget": 4}), ("4", "--max_capacity_prompts", "more than 4")),
+        (("streamingllm", {"budget": 0, "sink_size": 0}), ("0", "--max_capacity_prompts", "more than 0")),
+        (("h2o", {"budget": 8, "recent_size": 8}), ("8", "--max_capacity_prompts", "more than 8")),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments: tuple[str, dict[str, Any]], parts: tuple[str, ...]) -> None:
+    name, settings = arguments
+    with says(*parts):
+        load_method(name, **settings)
+
+
+def test_a_method_that_keeps_everything_leaves_a_budget_unused() -> None:
+    assert load_method("fullkv", budget=128) == load_method("fullkv")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (int, "12", 12),
+        (int, 12.0, 12),
+        (float, "0.25", 0.25),
+        (float, 1, 1.0),
+        (bool, "True", True),
+        (bool, "no", False),
+        (bool, "0", False),
+        (int | None, "none", None),
+        (int | None, None, None),
+        (int | None, "7", 7),
+        (Literal["mean", "max"], "max", "max"),
+        (Literal[2, 4], "4", 4),
+        (Literal[2, 4], 2, 2),
+    ],
+)
+def test_values_are_read_as_flags_are(kind: Any, text: Any, value: Any) -> None:
+    read = convert("some_flag", text, kind)
+    assert read == value and type(read) is type(value)
+
+
+def test_a_number_that_is_no_choice_is_told() -> None:
+    with says("--nbits", "5", "2", "4"):
+        convert("nbits", "5", Literal[2, 4])
+
+
+def test_an_allocator_brings_its_settings() -> None:
+    method = load_method("snapkv", budget="32", allocator="pyramid", beta="4", window_size="5")
+    assert isinstance(method, EvictionMethod)
+    assert method.allocator == Pyramid(beta=4.0)
+    assert method.settings()["beta"] == 4.0 and method.settings()["window_size"] == 5
+
+
+@pytest.mark.parametrize("allocator", [None, *ALLOCATORS])
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_load_the_same_method_again(name: str, allocator: str | None) -> None:
+    registry = get_registry()
+    if "budget" not in load_method(name, budget=32).settings():
+        allocator = None
+    given = {"allocator": allocator} if allocator else {}
+    method = load_method(name, budget=32, **given)
+    assert registry.load_method(name, **method.settings()) == method
+    flags = {each: "none" if value is None else str(value) for each, value in method.settings().items()}
+    assert registry.load_method(name, **flags) == method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_aliases_lead_to_settings(name: str) -> None:
+    registry = get_registry()
+    known = registry.settings(name)
+    for alias, setting in registry.methods[name].attention.aliases.items():
+        assert alias not in known and setting in known
+
+
+def test_an_alias_is_its_setting() -> None:
+    assert load_method("h2o", budget=32, window_size="6") == load_method("h2o", budget=32, recent_size=6)
+
+
+def test_an_alias_is_not_given_beside_its_setting() -> None:
+    with says("window_size", "recent_size"):
+        load_method("h2o", budget=32, window_size=6, recent_size=8)
+
+
+# ---- every setting does what it says or is refused ----
+
+
+def flat(thing: Any) -> Any:
+    """Tensors, lists of them, and None, as something that can be compared."""
+    if isinstance(thing, Tensor):
+        return thing.tolist()
+    return [flat(each) for each in thing] if isinstance(thing, (list, tuple)) else thing
+
+
+def behaviour(method: Method) -> list[Any]:
+    """All that can be seen of a method: what it keeps of two layers, and what becomes of it over three steps."""
+    generator = torch.Generator().manual_seed(11)
+    seen: list[Any] = []
+    for layer_index in (0, 3):
+        q, k, v = (torch.randn(heads, 70, 8, generator=generator) for heads in (8, 4, 4))
+        k[0] *= 2  # heads that differ in how sharp their attention is
+        hidden, frequencies = torch.randn(70, 64, generator=generator), 0.1 ** torch.arange(4.0)
+        store = compress_layer(method, q, k, v, layer_index, 4, hidden, frequencies)
+        seen += [store.nbytes(), flat(store.positions()), flat(store.keys()), flat(store.values())]
+        for step in range(3):
+            query = torch.randn(8, 1, 8, generator=generator)
+            store.append(query[:4], query[4:], 70 + step)
+            reading = store.read(query)
+            seen += [flat(reading.keys), flat(reading.values), store.nbytes()]
+            if store.observes:
+                weights = [
+                    torch.rand(len(part), 1, len(keys[0]), generator=generator)
+                    for part, keys, _ in reading.pieces(query)
+                ]
+                store.observe(weights if len(weights) > 1 else weights[0])
+    return seen
+
+
+def other_values(setting: Setting) -> list[Any]:
+    """Values a user could give in place of the default."""
+    kind, default = setting.type, setting.default
+    if get_origin(kind) is Literal:
+        return [value for value in get_args(kind) if value != default]
+    if kind is bool:
+        return [not default]
+    if default is None:
+        return [2, 5, 12]
+    return [value for value in (default / 4, default / 2, default + 2, default * 2) if kind is float or value % 1 == 0]
+
+
+SETTINGS = [
+    (name, allocator, setting)
+    for name in METHODS
+    for allocator in (ALLOCATORS if "kv_cache_granularity" in get_registry().settings(name) else [None])
+    for setting in get_registry().settings(name, allocator)
+    if allocator is None
+    or allocator == get_registry().methods[name].allocator
+    or (name == "snapkv" and setting not in get_registry().settings(name))
+]
+
+
+@pytest.mark.parametrize(("name", "allocator", "setting"), SETTINGS)
+def test_no_setting_is_accepted_and_ignored(name: str, allocator: str | None, setting: str) -> None:
+    given: dict[str, Any] = {"budget": 24} | ({"allocator": allocator} if allocator else {})
+    usual = behaviour(load_method(name, **given))
+    ignored = []
+    for value in other_values(get_registry().settings(name, allocator)[setting]):
+        try:
+            if behaviour(load_method(name, **given, **{setting: value})) != usual:
+                return
+        except UserError:
+            continue
+        ignored.append(value)
+    assert not ignored, f"--{setting} {ignored} changes nothing"
