@@ -28,7 +28,7 @@ from .benchmarks import Benchmark
 from .chat import stop_ids
 from .engine import Engine
 from .errors import UserError
-from .registry import Registry, get_registry
+from .registry import Registry, get_registry, settings_of
 from .report.tables import print_table, summarise
 from .results import ROWS, Row, RunFolder, environment
 from .sweep import Sweep, make_jobs
@@ -68,6 +68,9 @@ def run_command(make_command: Callable[[list[str]], click.Command], arguments: S
         make_command(arguments).main(arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        click.echo(help_text.format_message())
+        sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
     except click.ClickException as problem:
@@ -96,9 +99,11 @@ def method_options(registry: Registry) -> list[click.Option]:
     """A flag for every setting that some method or allocator has; the help names the owners and their defaults."""
     owners: dict[str, dict[str, Any]] = {}
     for name in registry.methods:
-        for allocator in registry.allocators:
-            for setting in registry.settings(name, allocator).values():
-                owners.setdefault(setting.name, {})[name] = setting.default
+        for setting in registry.own_settings(name).values():
+            owners.setdefault(setting.name, {})[name] = setting.default
+    for name, allocator in registry.allocators.items():
+        for setting in settings_of(allocator).values():
+            owners.setdefault(setting.name, {})[f"allocator {name}"] = setting.default
     return [
         click.Option([f"--{setting}"], default=None, help=_owners(defaults), metavar="VALUE")
         for setting, defaults in owners.items()
@@ -109,7 +114,7 @@ def _owners(defaults: dict[str, Any]) -> str:
     by_default: dict[str, list[str]] = {}
     for name, default in defaults.items():
         by_default.setdefault(str(default), []).append(name)
-    return "; ".join(f"{', '.join(names)}: {default}" for default, names in by_default.items())
+    return "; ".join(f"{', '.join(names)} [default: {default}]" for default, names in by_default.items())
 
 
 def sweep_options() -> list[click.Option]:

@@ -163,15 +163,26 @@ class Registry:
 
     def has_budget(self, name: str) -> bool:
         """Whether a method evicts down to a budget, or keeps everything."""
-        return "budget" in _settings(self.method_entry(name).attention)
+        return "budget" in settings_of(self.method_entry(name).attention)
+
+    def own_settings(self, name: str) -> dict[str, Setting]:
+        """The settings of a method itself; its budget and those of its allocator are not among them."""
+        own = settings_of(self.method_entry(name).attention)
+        return {each: setting for each, setting in own.items() if each not in ("budget", "allocator")}
 
     def settings(self, name: str, allocator: str | None = None) -> dict[str, Setting]:
-        """All settings of a method and its allocator, `budget` and `allocator` left out."""
-        entry = self.method_entry(name)
-        own = _settings(entry.attention)
-        if "allocator" in own:
-            own |= _settings(self.allocator(allocator or entry.allocator))
-        return {each: setting for each, setting in own.items() if each not in ("budget", "allocator")}
+        """The settings of a method and of the allocator it is used with.
+
+        Raises `UserError` if the two have a name in common, which would leave it open whose setting is meant.
+        """
+        own = self.own_settings(name)
+        if not self.has_budget(name):
+            return own
+        chosen = allocator or self.method_entry(name).allocator
+        shared = settings_of(self.allocator(chosen))
+        if common := own.keys() & shared.keys():
+            raise UserError(f"method '{name}' and allocator '{chosen}' both have a setting {', '.join(sorted(common))}")
+        return own | shared
 
     def load_method(
         self, name: str, budget: int | str | None = None, allocator: str | None = None, **settings: Any
@@ -182,7 +193,7 @@ class Registry:
         that keep everything have no budget and leave one unused.
         """
         entry = self.method_entry(name)
-        own = _settings(entry.attention)
+        own = settings_of(entry.attention)
         settings = {entry.attention.aliases.get(each, each): value for each, value in settings.items()}
         known = self.settings(name, allocator)
         for each in settings:
@@ -195,7 +206,7 @@ class Registry:
             values["budget"] = convert("max_capacity_prompts", budget, own["budget"].type)
         if "allocator" in own:
             chosen = self.allocator(allocator or entry.allocator)
-            shares = {each: values.pop(each) for each in _settings(chosen) if each in values}
+            shares = {each: values.pop(each) for each in settings_of(chosen) if each in values}
             values["allocator"] = chosen(**shares)
         elif allocator is not None:
             raise UserError(f"method '{name}' has no budget to split; leave --allocator out")
@@ -224,7 +235,8 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _settings(settings_class: type) -> dict[str, Setting]:
+def settings_of(settings_class: type) -> dict[str, Setting]:
+    """The fields of a method's or an allocator's dataclass."""
     hints = get_type_hints(settings_class)
     return {each.name: Setting(each.name, hints[each.name], each.default) for each in fields(settings_class)}
 

@@ -7,7 +7,7 @@ References differ: KVCache-Factory keeps only its last 8 tokens as recent (`rece
 prompt alone, which is the default here. The authors go on scoring and evicting one token a step while they decode
 (`evict_while_decoding`): attention first, then the scores, then the eviction, as in their real-drop code; their masked
 simulation hides one position more than it says and is not reproduced. kvpress divides a score by the number of queries
-that could see the token (`normalize`), which takes away the head start of early ones.
+that could see the token (`average_over_queries`), which takes away the head start of early ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class H2O(EvictionMethod):
     """Part of the budget for recent tokens, in proportion to `heavy_ratio`."""
     recent_size: int | None = None
     """Recent tokens kept, in place of the ratios."""
-    normalize: bool = False
+    average_over_queries: bool = False
     """Divide each score by the number of queries that could see the token."""
     evict_while_decoding: bool = False
     """Hold the budget while decoding: each step adds its attention to the scores and evicts."""
@@ -61,7 +61,7 @@ class H2O(EvictionMethod):
 
     def score(self, layer: LayerContext) -> Tensor:
         mass = layer.attention_mass()
-        if self.normalize:
+        if self.average_over_queries:
             mass = mass / torch.arange(layer.num_tokens, 0, -1, device=mass.device)
         return reduce_groups(mass, self.stored_heads(layer), self.gqa_score_agg)
 
@@ -103,7 +103,7 @@ class HeavyHitterStore(DenseStore):
     def _evict(self) -> None:
         recent = min(self._method.recent(), self._capacity - 1)
         scores = reduce_groups(self._mass.flatten(0, 1), self._mass.shape[0], self._method.gqa_score_agg)
-        if self._method.normalize:
+        if self._method.average_over_queries:
             positions = self._all_positions()
             scores = scores / (positions[:, -1:] + 1 - positions)
         heavy = scores[:, : self._length - recent].argsort(dim=-1, descending=True, stable=True)

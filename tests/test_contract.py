@@ -51,7 +51,11 @@ class TestH2OQueryHeadsNormalized(MethodContract):
 
     def make(self, budget: int) -> Method:
         return load_method(
-            "h2o", budget=budget, evict_while_decoding=True, kv_cache_granularity="query_head", normalize=True
+            "h2o",
+            budget=budget,
+            evict_while_decoding=True,
+            kv_cache_granularity="query_head",
+            average_over_queries=True,
         )
 
 

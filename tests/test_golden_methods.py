@@ -167,7 +167,7 @@ def test_h2o_real_drop_through_the_prompt_and_each_step(shared: Path) -> None:
 
 def test_h2o_as_kvpress_scores(shared: Path) -> None:
     golden = Golden(shared, "h2o__kvpress_observed_attention")
-    method = load_method("h2o", budget=8, normalize=True)
+    method = load_method("h2o", budget=8, average_over_queries=True)
     attention, keys = golden["in_attn"][0], golden["in_k"][0]
     layer = SimpleNamespace(
         attention_mass=lambda: attention.sum(1),
