@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from . import metrics
 from .attention import Family, compress
 from .budget import BudgetAllocator
 from .context import LayerContext, pool, reduce_groups, require
 from .engine import Engine, Sequence
 from .errors import UserError
 from .hookspecs import hookimpl
-from .method import EvictionMethod, Method
+from .method import AttentionScoredMethod, EvictionMethod, Method
 from .models import load_model
 from .registry import load_method
 from .stores import DenseStore, RaggedStore, Reading, Store
 
 __all__ = [
+    "AttentionScoredMethod",
     "BudgetAllocator",
     "DenseStore",
     "Engine",
@@ -30,6 +32,7 @@ __all__ = [
     "hookimpl",
     "load_method",
     "load_model",
+    "metrics",
     "pool",
     "reduce_groups",
     "require",

@@ -145,6 +145,12 @@ def family_of(model: PreTrainedModel, families: dict[str, Family]) -> Family:
     return families[model.config.model_type]
 
 
+def prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What the base model was called with: token ids [batch, tokens], or embeddings [batch, tokens, hidden_size]."""
+    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    return next(each for each in given if each is not None)
+
+
 class Patch:
     """The patch on one model: a context manager that may be entered again and again."""
 
@@ -187,8 +193,7 @@ class Patch:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CompressedCache):
-            tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-            cache.begin(kwargs.get("attention_mask"), tokens.shape[1])
+            cache.begin(kwargs.get("attention_mask"), prompt_of(args, kwargs).shape[1])
             if (
                 not cache.is_empty
             ):  # its width is that of the full cache; what a stored token may be seen by, stores know
@@ -215,8 +220,7 @@ class Compression:
         empty = given is None or (isinstance(given, Cache) and given.get_seq_length() == 0)
         wanted = kwargs.get("use_cache")
         if empty and not isinstance(given, CompressedCache) and (wanted or wanted is None):
-            prompt = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-            rows = [[SequenceCache(self._method)] for _ in range(prompt.shape[0])]
+            rows = [[SequenceCache(self._method)] for _ in range(len(prompt_of(args, kwargs)))]
             self.cache = kwargs["past_key_values"] = self._patch.new_cache(rows)
         return args, kwargs
 

@@ -6,7 +6,6 @@ were seen; how many entries are stored is the stores' own business.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
+from .clock import now
 from .context import LayerContext
 from .kernels import KERNELS, decode_attention
 from .method import Method
@@ -35,9 +35,9 @@ class SequenceCache:
 
     def compress(self, layer: LayerContext) -> None:
         layer.borrowed_seconds = 0.0
-        started = time.perf_counter()
+        started = now(layer.keys.device)
         self.stores.append(self.method.compress(layer))
-        seconds = time.perf_counter() - started
+        seconds = now(layer.keys.device) - started
         self.own_seconds += seconds
         self.compress_seconds += seconds + layer.borrowed_seconds
 

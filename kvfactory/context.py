@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from .clock import now
 from .errors import UserError
 
 T = TypeVar("T")
@@ -57,9 +57,9 @@ class LayerContext:
             value, seconds = self._shared[key]
             self.borrowed_seconds += seconds
             return value
-        borrowed, started = self.borrowed_seconds, time.perf_counter()
+        borrowed, started = self.borrowed_seconds, now(self.keys.device)
         value = compute()
-        seconds = time.perf_counter() - started + self.borrowed_seconds - borrowed
+        seconds = now(self.keys.device) - started + self.borrowed_seconds - borrowed
         self._shared[key] = (value, seconds)
         return value
 

@@ -7,7 +7,6 @@ together: projections run on all rows at once, attention row by row on each row'
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import Patch
 from .cache import SequenceCache
+from .clock import now
 from .method import Method
 from .registry import get_registry
 
@@ -67,6 +67,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.device = model.get_input_embeddings().weight.device
         self._patch = Patch(model, get_registry().families)
 
     @torch.no_grad()
@@ -76,9 +77,9 @@ class Engine:
         if not prompt:
             raise ValueError("a prompt has at least one token")
         caches = [SequenceCache(method) for method in methods]
-        started = self._now()
+        started = now(self.device)
         logits = self._forward([caches], [prompt])[0]
-        seconds = self._now() - started - sum(cache.own_seconds for cache in caches)
+        seconds = now(self.device) - started - sum(cache.own_seconds for cache in caches)
         return [Sequence(cache, len(prompt), logits, prefill_seconds=seconds) for cache in caches]
 
     def decode(
@@ -127,9 +128,9 @@ class Engine:
         single = [each for each in sequences if len(each.unfed) == 1]
         batches = ([single] if single else []) + [[each] for each in sequences if len(each.unfed) > 1]
         for batch in batches:
-            started = self._now()
+            started = now(self.device)
             logits = self._forward([[each.cache] for each in batch], [each.unfed for each in batch])
-            share = (self._now() - started) / len(batch)
+            share = (now(self.device) - started) / len(batch)
             for each, row in zip(batch, logits, strict=True):
                 each.logits = row
                 each.unfed = []
@@ -162,16 +163,10 @@ class Engine:
 
     def _forward(self, rows: list[list[SequenceCache]], tokens: list[list[int]]) -> Tensor:
         """Next-token logits [rows, vocabulary], float32; every row brings equally many tokens."""
-        device = self.model.get_input_embeddings().weight.device
-        ids = torch.tensor(tokens, device=device)
-        first = torch.tensor([row[0].seen for row in rows], device=device)
-        positions = first[:, None] + torch.arange(ids.shape[1], device=device)
+        ids = torch.tensor(tokens, device=self.device)
+        first = torch.tensor([row[0].seen for row in rows], device=self.device)
+        positions = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         with self._patch as patch:
             cache = patch.new_cache(rows)
             hidden = self.model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[0]
         return self.model.lm_head(hidden[:, -1:])[:, 0].float()
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()

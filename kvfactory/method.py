@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetAllocator, Uniform
-from .context import LayerContext
+from .context import LayerContext, reduce_groups
 from .errors import UserError
-from .stores import DenseStore, RaggedStore, Store
+from .stores import DenseStore, RaggedStore, Store, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,6 @@ class EvictionMethod(Method):
     """KV entries kept per stored head and layer after prefill, protected ones included."""
     kv_cache_granularity: Literal["kv_head", "query_head"] = "kv_head"
     """Entries are chosen and stored once per KV head, or once per query head (as published figures often are)."""
-    gqa_score_agg: Literal["mean", "max", "sum"] = "mean"
-    """How the scores of the query heads that share a KV head become one."""
     allocator: BudgetAllocator = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
@@ -69,7 +67,7 @@ class EvictionMethod(Method):
 
     @abstractmethod
     def score(self, layer: LayerContext) -> Tensor:
-        """Scores [stored heads, prompt tokens], float32, higher is kept; those of protected tokens do not matter.
+        """Scores [stored heads or kv_heads, prompt tokens], float32, higher is kept; protected tokens' do not matter.
 
         Must not depend on `budget` or `allocator`: a sweep scores once for all of them.
         """
@@ -121,7 +119,7 @@ class EvictionMethod(Method):
         )
 
     def _scores(self, layer: LayerContext) -> Tensor:
-        return layer.shared(self._score_key(), lambda: self.score(layer))
+        return layer.shared(self._score_key(), lambda: spread(self.score(layer), self.stored_heads(layer)))
 
     def _ranked(self, layer: LayerContext, first: int, last: int) -> Tensor:
         """Competing tokens from best to worst, ties by position, [stored heads, competing tokens]."""
@@ -135,3 +133,15 @@ class EvictionMethod(Method):
     def _score_key(self) -> tuple[Any, ...]:
         values = (getattr(self, each.name) for each in fields(self) if each.name not in ("budget", "allocator"))
         return type(self).score, *values
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionScoredMethod(EvictionMethod):
+    """An eviction method whose scores come from attention, of which each query head has its own."""
+
+    gqa_score_agg: Literal["mean", "max", "sum"] = "mean"
+    """How the scores of the query heads that share a KV head become one."""
+
+    def per_stored_head(self, layer: LayerContext, scores: Tensor) -> Tensor:
+        """[query_heads, ...] -> [stored heads, ...], reduced over the query heads that share a KV head."""
+        return reduce_groups(scores, self.stored_heads(layer), self.gqa_score_agg)

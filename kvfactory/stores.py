@@ -89,7 +89,7 @@ def room_for(length: int) -> int:
 
 
 def spread(kv: Tensor, heads: int) -> Tensor:
-    """[kv_heads, tokens, dim] as [heads, tokens, dim]: a KV head stands once for each query head that stores it."""
+    """[kv_heads, ...] as [heads, ...]: a KV head stands once for each query head that stores it."""
     return kv if kv.shape[0] == heads else kv.repeat_interleave(heads // kv.shape[0], 0)
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, Store, hookimpl, reduce_groups, require
+from kvfactory import AttentionScoredMethod, DenseStore, LayerContext, Store, hookimpl, reduce_groups, require
 from kvfactory.hookspecs import RegisterMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(EvictionMethod):
+class H2O(AttentionScoredMethod):
     """Keeps the tokens with the largest accumulated attention beside the most recent ones."""
 
     aliases: ClassVar[dict[str, str]] = {"window_size": "recent_size"}
@@ -63,7 +63,7 @@ class H2O(EvictionMethod):
         mass = layer.attention_mass()
         if self.average_over_queries:
             mass = mass / torch.arange(layer.num_tokens, 0, -1, device=mass.device)
-        return reduce_groups(mass, self.stored_heads(layer), self.gqa_score_agg)
+        return self.per_stored_head(layer, mass)
 
     def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
         if not self.evict_while_decoding:

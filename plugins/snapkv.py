@@ -17,12 +17,12 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvfactory import EvictionMethod, LayerContext, hookimpl, pool, reduce_groups, require
+from kvfactory import AttentionScoredMethod, LayerContext, hookimpl, pool, require
 from kvfactory.hookspecs import RegisterMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(EvictionMethod):
+class SnapKV(AttentionScoredMethod):
     """Keeps the tokens that the last `window_size` queries attend to most."""
 
     window_size: int = 8
@@ -49,11 +49,10 @@ class SnapKV(EvictionMethod):
     def score(self, layer: LayerContext) -> Tensor:
         # the window's own columns are cut off before pooling, or its scores would leak into its neighbours
         votes = layer.window_attention(self.window_size).sum(1)[:, : -self.window_size]
-        heads = self.stored_heads(layer)
         if self.pool_order == "heads_first":
-            scores = reduce_groups(pool(votes, self.kernel_size, self.pooling), heads, self.gqa_score_agg)
+            scores = self.per_stored_head(layer, pool(votes, self.kernel_size, self.pooling))
         else:
-            scores = pool(reduce_groups(votes, heads, self.gqa_score_agg), self.kernel_size, self.pooling)
+            scores = pool(self.per_stored_head(layer, votes), self.kernel_size, self.pooling)
         return pad(scores, (0, self.window_size))
 
 
