@@ -92,7 +92,7 @@ class Registry:
 
         Raises `UserError` for a hook that does not exist and for a name that is taken.
         """
-        self._manager.register(module, plugin.name)
+        self._manager.register(module)
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:

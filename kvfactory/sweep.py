@@ -49,6 +49,8 @@ def make_jobs(
     for setting in settings:
         if not any(setting in each for each in known.values()):
             raise UserError(f"--{setting} is not a setting of {', '.join(parsed)}; {_owners(registry, setting)}")
+    if allocator and not any(registry.has_budget(name) for name, _ in parsed.values()):
+        raise UserError(f"--allocator {allocator}: none of {', '.join(parsed)} has a budget to split; leave it out")
     jobs: dict[tuple[str, int | None], Job] = {}
     for (spec, (name, own)), budget in product(parsed.items(), budgets):
         has_budget = registry.has_budget(name)

@@ -18,7 +18,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig
 
-from kvfactory import Engine, EvictionMethod, LayerContext, Store, compress, hookspecs, load_method
+from kvfactory import (
+    AttentionScoredMethod,
+    Engine,
+    EvictionMethod,
+    LayerContext,
+    Store,
+    compress,
+    hookspecs,
+    load_method,
+)
 from kvfactory.benchmarks import Benchmark, Example
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.longbench import LongBench
@@ -204,6 +213,11 @@ def test_every_name_of_a_class_is_in_its_reference(cls: type) -> None:
     assert table(PLUGINS, f"`{cls.__name__}`") == public(cls)
 
 
+def test_what_attention_adds_is_in_the_reference() -> None:
+    added = public(AttentionScoredMethod) - public(EvictionMethod)
+    assert table(PLUGINS, "`AttentionScoredMethod` has besides") == added
+
+
 def rules() -> list[str]:
     return [name for name in vars(MethodContract) if name.startswith("test_")]
 
@@ -241,6 +255,14 @@ def test_every_field_that_longbench_adds_is_explained(tmp_path: Path) -> None:
     assert table(RESULTS, "LongBench") == added - {"score"}
 
 
+def test_every_room_is_in_the_architecture() -> None:
+    rooms = {
+        f"{path.name}{'/' * path.is_dir()}" for path in (ROOT / "kvfactory").glob("[!_]*") if path.name != "py.typed"
+    }
+    named = {name.removeprefix("kvfactory/") for name in table(TEXTS["docs/architecture.md"], "room")}
+    assert named == rooms | {"plugins/", "runners/"}
+
+
 def test_what_may_change_on_resume_is_listed() -> None:
     section = RESULTS.split("\n## Resuming\n")[1]
     for flags in (GROWING, HARMLESS):
@@ -250,7 +272,7 @@ def test_what_may_change_on_resume_is_listed() -> None:
 def methods_table() -> str:
     """README's table, from the first line of each plugin and the settings that not all of them have."""
     registry = get_registry()
-    common = {each.name for each in fields(EvictionMethod)}
+    common = {each.name for each in fields(AttentionScoredMethod)}
     lines = ["| method | paper | what it does | settings and their defaults |", "| --- | --- | --- | --- |"]
     for name, entry in sorted(registry.methods.items()):
         if entry.plugin.distribution != "kvfactory":

@@ -23,7 +23,7 @@ from kvfactory.models import EMBEDDED_PACKAGE
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-NOT_SOURCES = shutil.ignore_patterns(".*", "build", "dist", "results", "shared", "*.egg-info", "__pycache__")
+SOURCES = {"kvfactory", "plugins", "runners", "pyproject.toml", "README.md", "LICENSE", "kvf_tova.py"}
 NEEDLE = "run_needle_in_haystack.py"
 
 
@@ -55,12 +55,17 @@ def check(run: subprocess.CompletedProcess[str]) -> str:
     return run.stdout
 
 
+def all_but_sources(top: Path) -> Callable[[str, list[str]], set[str]]:
+    """For copytree: what else lies beside the sources, maybe models and results, is left where it is."""
+    return lambda folder, names: set(names) - SOURCES if Path(folder) == top else {"__pycache__"}
+
+
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Wheels:
     folder = tmp_path_factory.mktemp("wheels")
     built = []
     for name, source in (("kvfactory", ROOT), ("kvf_tova", ROOT / "docs" / "example_plugin")):
-        copy = shutil.copytree(source, folder / "sources" / name, ignore=NOT_SOURCES)
+        copy = shutil.copytree(source, folder / "sources" / name, ignore=all_but_sources(source))
         build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)]
         check(subprocess.run(build, capture_output=True, text=True))
         built.append(next(folder.glob(f"{name}-*.whl")))
@@ -140,7 +145,7 @@ from kvfactory import EvictionMethod, hookimpl
 class Newest(EvictionMethod):
     gap: int = 0
     def score(self, layer):
-        return torch.arange(layer.num_tokens).float().expand(self.stored_heads(layer), -1)
+        return torch.arange(layer.num_tokens).float().expand(layer.kv_heads, -1)
 
 @hookimpl
 def kvfactory_register_methods(register):

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, Store, hookimpl, reduce_groups, require
+from kvfactory import AttentionScoredMethod, DenseStore, LayerContext, Store, hookimpl, reduce_groups, require
 from kvfactory.hookspecs import RegisterMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tova(EvictionMethod):
+class Tova(AttentionScoredMethod):
     """Keeps what the newest query attends to most, in all heads alike, while decoding too."""
 
     def protected(self) -> tuple[int, int]:
@@ -26,7 +26,7 @@ class Tova(EvictionMethod):
 
     def score(self, layer: LayerContext) -> Tensor:
         attention = layer.window_attention(1)[:, -1]
-        return reduce_groups(attention, 1, self.gqa_score_agg).expand(self.stored_heads(layer), -1)
+        return reduce_groups(attention, 1, self.gqa_score_agg).expand(layer.kv_heads, -1)
 
     def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
         require(isinstance(kept, Tensor), "tova keeps the same tokens in all heads; choose another --allocator")
