@@ -132,8 +132,8 @@ def test_every_command_is_there(environment: Environment) -> None:
 
 def test_a_third_party_is_listed_with_its_package_and_version(environment: Environment) -> None:
     listed = check(environment.run("kvfactory", "methods"))
-    assert re.search(r"^tova +kvf-tova +1\.0\.0 +uniform ", listed, re.MULTILINE)
-    assert re.search(rf"^snapkv +kvfactory +{re.escape(metadata.version('kvfactory'))} ", listed, re.MULTILINE)
+    assert re.search(r"^tova +kvf-tova 1\.0\.0, uniform ", listed, re.MULTILINE)
+    assert re.search(rf"^snapkv +kvfactory {re.escape(metadata.version('kvfactory'))}, ", listed, re.MULTILINE)
 
 
 NEWEST = """
