@@ -35,7 +35,7 @@ from .sweep import Sweep, make_jobs
 
 GROWING = ("method", "max_capacity_prompts", "datasets")
 """Lists of a run that may differ when it is resumed: rows are told apart by them, so more of them only add rows."""
-HARMLESS = ("save_dir", "eval_batch_size", "plugin")
+HARMLESS = ("save_dir", "eval_batch_size", "eval_cache_gib", "plugin")
 """Flags that change where and how fast results come, not what they are."""
 
 
@@ -139,7 +139,14 @@ def sweep_options() -> list[click.Option]:
         click.Option(["--dtype"], default="auto", show_default=True, help="auto, float32, float16 or bfloat16."),
         click.Option(["--device"], default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         click.Option(
-            ["--eval_batch_size"], type=PositiveInt(), default=64, show_default=True, help="Rows decoded together."
+            ["--eval_batch_size"], type=PositiveInt(), default=64, show_default=True, help="Sequences decoded together."
+        ),
+        click.Option(
+            ["--eval_cache_gib"],
+            type=click.FloatRange(min=0, min_open=True),
+            default=4.0,
+            show_default=True,
+            help="No example joins a decode batch whose caches hold this much.",
         ),
         click.Option(["--seed"], type=int, default=42, show_default=True),
         click.Option(["--save_dir"], type=click.Path(path_type=Path), help="The run folder."),
@@ -191,8 +198,8 @@ def run_sweep(
     ) as folder:
         if folder.notice:
             print(f"notice: {folder.notice}", file=sys.stderr)
-        stop, at_once = stop_ids(model, tokenizer), flags["eval_batch_size"]
-        sweep = Sweep(Engine(model, tokenizer), tokenizer, benchmark, jobs, folder, stop, at_once)
+        stop, limits = stop_ids(model, tokenizer), (flags["eval_batch_size"], flags["eval_cache_gib"] * 2**30)
+        sweep = Sweep(Engine(model, tokenizer), tokenizer, benchmark, jobs, folder, stop, *limits)
         _run_with_progress(sweep, name)
         rows = sweep.rows()
         print_table(summarise(rows), console)

@@ -95,7 +95,7 @@ class Engine:
         """
         rows = [DecodeRow(each, max_new_tokens, frozenset(stop), min_new_tokens) for each in sequences]
         before = [len(each.tokens) for each in sequences]
-        active: SequenceOf[DecodeRow] = rows
+        active: SequenceOf[DecodeRow] = rows if max_new_tokens > 0 else []
         while active:
             active = self.step(active)
         return [each.tokens[start:] for each, start in zip(sequences, before, strict=True)]
@@ -110,10 +110,10 @@ class Engine:
             row.sequence.tokens.append(token)
             row.sequence.unfed.append(token)
             row.sequence.logits = None
-            ended = token in row.stop
-            if ended or row.made == row.max_new_tokens:
-                row.sequence.stop_reason = "stop" if ended else "length"
-        return [row for row in rows if row.made < row.max_new_tokens and row.sequence.tokens[-1] not in row.stop]
+            row.sequence.stop_reason = (
+                "stop" if token in row.stop else "length" if row.made >= row.max_new_tokens else None
+            )
+        return [row for row in rows if row.sequence.stop_reason is None]
 
     @staticmethod
     def _candidates(row: DecodeRow) -> Tensor:

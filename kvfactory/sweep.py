@@ -97,8 +97,13 @@ class Sweep:
         folder: RunFolder,
         stop: Collection[int],
         rows_at_once: int = 64,
+        bytes_at_once: float = 4 * 2**30,
     ) -> None:
-        """`stop` are the model's own stop tokens; `rows_at_once` sequences decode together, or one example's if more."""
+        """`stop` are the model's own stop tokens.
+
+        At most `rows_at_once` sequences decode together, and no example joins while their caches hold `bytes_at_once`;
+        an example whose rows alone are more decodes alone.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
         self.benchmark = benchmark
@@ -106,6 +111,7 @@ class Sweep:
         self.folder = folder
         self.stop = frozenset(stop)
         self.rows_at_once = rows_at_once
+        self.bytes_at_once = bytes_at_once
 
     def missing(self) -> list[tuple[Example, list[Job]]]:
         """What is left to do: examples, and the jobs that have no row of them yet."""
@@ -135,11 +141,15 @@ class Sweep:
         """Everything that is missing; `on_row` is called with each row once it is written."""
         active: list[Running] = []
         for example, jobs in self.missing():
-            while active and len(active) + len(jobs) > self.rows_at_once:
+            while active and not self._has_room(active, len(jobs)):
                 active = self._step(active, on_row)
             active += self._start(example, jobs)
         while active:
             active = self._step(active, on_row)
+
+    def _has_room(self, active: list[Running], more: int) -> bool:
+        held = sum(row.footprint["cache_bytes"] for row in active)
+        return len(active) + more <= self.rows_at_once and held < self.bytes_at_once
 
     def _start(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
         sequences = self.engine.prefill(self.benchmark.prompt_ids(example), [job.method for job in jobs])
