@@ -5,9 +5,9 @@ from __future__ import annotations
 from . import metrics
 from .attention import Family, compress
 from .budget import BudgetAllocator
-from .context import LayerContext, pool, reduce_groups, require
+from .context import LayerContext, pool, reduce_groups
 from .engine import Engine, Sequence
-from .errors import UserError
+from .errors import UserError, require
 from .hookspecs import hookimpl
 from .method import AttentionScoredMethod, EvictionMethod, Method
 from .models import load_model

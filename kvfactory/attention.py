@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache import CompressedCache, LayerBatch, SequenceCache
-from .errors import unknown
+from .errors import UserError, unknown
 from .method import Method
 
 Rotary = Callable[[Any, Tensor, Tensor, tuple[Tensor, Tensor] | None, int], tuple[Tensor, Tensor]]
@@ -83,6 +83,7 @@ BUILT_IN_FAMILIES = {
 
 
 def rotate_half(x: Tensor) -> Tensor:
+    """Each pair (left, right) of the two halves of the last dimension as (-right, left)."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((-right, left), dim=-1)
 
@@ -145,6 +146,11 @@ def family_of(model: PreTrainedModel, families: dict[str, Family]) -> Family:
     return families[model.config.model_type]
 
 
+def slot_of(attention: nn.Module) -> str:
+    """The attribute that holds a module's own forward: accelerate puts its wrapper in place of `forward`."""
+    return "_old_forward" if "_old_forward" in vars(attention) else "forward"
+
+
 def prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What the base model was called with: token ids [batch, tokens], or embeddings [batch, tokens, hidden_size]."""
     given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
@@ -152,7 +158,10 @@ def prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 class Patch:
-    """The patch on one model: a context manager that may be entered again and again."""
+    """The patch on one model: a context manager that may be entered again and again.
+
+    On a model that is patched already it does nothing: the forward is the same one, and what differs is in the cache.
+    """
 
     def __init__(self, model: PreTrainedModel, families: dict[str, Family]) -> None:
         self.model = model
@@ -170,7 +179,15 @@ class Patch:
         rotary = getattr(base, "rotary_emb", None) or getattr(base.layers[0].self_attn, "rotary_emb", None)
         return getattr(rotary, "inv_freq", None)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether this or another patch is on the model."""
+        attention = self.model.model.layers[0].self_attn
+        return getattr(vars(attention).get(slot_of(attention)), "func", None) is attention_forward
+
     def __enter__(self) -> Patch:
+        if self.is_in_place:
+            return self
         for layer in self.model.model.layers:
             self._patch(layer.self_attn)
         hooks = (
@@ -185,7 +202,7 @@ class Patch:
             self._undo.pop()()
 
     def _patch(self, attention: nn.Module) -> None:
-        slot = "_old_forward" if "_old_forward" in vars(attention) else "forward"  # accelerate wraps forward
+        slot = slot_of(attention)
         own = vars(attention).get(slot)
         setattr(attention, slot, partial(attention_forward, attention, self.family, getattr(attention, slot)))
         self._undo.append(partial(setattr, attention, slot, own) if own else partial(delattr, attention, slot))
@@ -229,11 +246,14 @@ class Compression:
 def compress(model: PreTrainedModel, method: Method) -> Iterator[Compression]:
     """Inside it, `model.generate()` and `model(...)` keep of each prompt what the method keeps; afterwards all is as before.
 
-    Batches are padded on the left. Sampling, streamers and beam search work as ever.
+    Batches are padded on the left. Sampling, streamers and beam search work as ever. Raises `UserError` for a model of an
+    unknown family and for one that is under compression already.
     """
     from .registry import get_registry
 
     patch = Patch(model, get_registry().families)
+    if patch.is_in_place:
+        raise UserError("this model is under compression already; leave that context before entering another")
     compression = Compression(patch, method)
     hook = model.model.register_forward_pre_hook(compression.hand_over, with_kwargs=True)
     try:

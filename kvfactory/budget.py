@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetAllocator(ABC):
     """Splits a budget; its dataclass fields are settings, as a method's are."""
+
+    name: ClassVar[str] = ""
+    """What it is registered as."""
 
     @abstractmethod
     def counts(self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int) -> list[int]:
@@ -52,7 +55,7 @@ class Pyramid(BudgetAllocator):
     Schedules that go by one name differ; with b = budget - protected and T prompt tokens:
     - `kvcache-factory`: from 2b - b // beta down in integer steps; uniform while T < 2b. Integer steps lose their
       remainder, so that the mean over layers can exceed the budget (by up to 1.6 times for small budgets).
-    - `adakv`: the same without the uniform case.
+    - `never-uniform`: the same without the uniform case, as the authors of AdaKV have it.
     - `kvpress`: real steps, rounded, and the protected tokens taken out of each layer's share instead of added to it;
       uniform if the last layer would hold fewer than the protected tokens.
     - `exact`: real steps, rounded so that the mean over layers is the budget.
@@ -60,17 +63,17 @@ class Pyramid(BudgetAllocator):
 
     beta: float = 20
     """Steepness: the last layer keeps about 1/beta of the budget."""
-    pyramid_schedule: Literal["kvcache-factory", "adakv", "kvpress", "exact"] = "kvcache-factory"
+    pyramid_schedule: Literal["kvcache-factory", "never-uniform", "kvpress", "exact"] = "kvcache-factory"
 
     def __post_init__(self) -> None:
-        if self.beta < 1:
+        if not self.beta >= 1:
             raise UserError(f"--beta is {self.beta}; a pyramid needs a beta of 1 (flat) or more")
 
     def counts(self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int) -> list[int]:
         heads, competing = scores.shape
         schedule = {
             "kvcache-factory": self._integer_steps,
-            "adakv": self._integer_steps,
+            "never-uniform": self._integer_steps,
             "kvpress": self._rounded_steps,
             "exact": self._exact,
         }[self.pyramid_schedule]
@@ -97,11 +100,12 @@ class Pyramid(BudgetAllocator):
         return round(high - layer * (high - low) / (layers - 1)) - protected
 
     def _exact(self, base: int, protected: int, competing: int, layer: int, layers: int) -> int:
-        high = min(2 * base - base / self.beta, competing)
+        high = max(min(2 * base - base / self.beta, competing), base)
         step = 2 * (high - base) / max(layers - 1, 1)
-        floors = [int(high - each * step) for each in range(layers)] if layers > 1 else [base]
-        left_over = layers * base - sum(floors)
-        return floors[layer] + (layer < left_over)
+        shares = [high - each * step for each in range(layers)]
+        floors = [int(share) for share in shares]
+        by_remainder = sorted(range(layers), key=lambda each: floors[each] - shares[each])
+        return floors[layer] + (layer in by_remainder[: layers * base - sum(floors)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,10 @@ class HeadAdaptive(BudgetAllocator):
         base = min(budget - protected, competing)
         ordered = scores.sort(dim=-1, descending=True, stable=True).values
         if self.normalize:
+            require(
+                bool((scores >= 0).all()),
+                "--normalize weighs heads by shares of their scores, which takes scores of 0 or more; --normalize false",
+            )
             total = ordered.sum(-1, keepdim=True)
             ordered = ordered * (
                 ordered[:, :base].sum(-1, keepdim=True) / total.clamp(min=torch.finfo(total.dtype).tiny)

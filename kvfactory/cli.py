@@ -57,6 +57,8 @@ class CommaList(click.ParamType):
 
 
 class PositiveInt(click.IntRange):
+    """A whole number, 1 or more."""
+
     def __init__(self) -> None:
         super().__init__(min=1)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from .clock import now
-from .errors import UserError
 
 T = TypeVar("T")
 
@@ -112,9 +111,3 @@ def pool(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """Smooth scores [heads, tokens] along tokens with stride 1 and the same length; averages count the zero padding."""
     smooth: dict[str, Callable[..., Tensor]] = {"avgpool": avg_pool1d, "maxpool": max_pool1d}
     return smooth[pooling](scores[None], kernel_size, stride=1, padding=kernel_size // 2)[0]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a `UserError` with the message unless the condition holds."""
-    if not condition:
-        raise UserError(message)

@@ -73,9 +73,10 @@ class Engine:
     @torch.no_grad()
     def prefill(self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method]) -> list[Sequence]:
         """One pass over the prompt's token ids; one sequence a method, in order."""
-        prompt = torch.as_tensor(ids).flatten().tolist()
-        if not prompt:
-            raise ValueError("a prompt has at least one token")
+        given = torch.as_tensor(ids)
+        if given.dim() > 2 or (given.dim() == 2 and len(given) != 1) or not given.numel():
+            raise ValueError(f"prefill takes one prompt of at least one token, not ids of shape {tuple(given.shape)}")
+        prompt = given.flatten().tolist()
         caches = [SequenceCache(method) for method in methods]
         started = now(self.device)
         logits = self._forward([caches], [prompt])[0]
@@ -93,9 +94,11 @@ class Engine:
 
         Stop tokens cannot be chosen before `min_new_tokens`. Sequences hold the tokens, times and the stop reason too.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it is 1 or more")
         rows = [DecodeRow(each, max_new_tokens, frozenset(stop), min_new_tokens) for each in sequences]
         before = [len(each.tokens) for each in sequences]
-        active: SequenceOf[DecodeRow] = rows if max_new_tokens > 0 else []
+        active: SequenceOf[DecodeRow] = rows
         while active:
             active = self.step(active)
         return [each.tokens[start:] for each, start in zip(sequences, before, strict=True)]
@@ -139,9 +142,10 @@ class Engine:
     @torch.no_grad()
     def extend(self, sequence: Sequence, ids: Iterable[int]) -> Sequence:
         """Read more tokens into a prefilled sequence, a question after its context; returns the sequence itself."""
-        sequence.unfed += list(ids)
-        sequence.logits = None
-        self._feed([sequence])
+        if more := list(ids):
+            sequence.unfed += more
+            sequence.logits = None
+            self._feed([sequence])
         return sequence
 
     @torch.no_grad()

@@ -17,3 +17,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     close = get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     hint = f"did you mean '{lowered[close[0]]}'?" if close else f"known: {', '.join(names) or 'none'}"
     return UserError(f"unknown {kind} '{name}'; {hint}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `UserError` with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -15,14 +15,20 @@ hookimpl = pluggy.HookimplMarker("kvfactory")
 
 
 class RegisterMethod(Protocol):
+    """What a plugin calls for each method."""
+
     def __call__(self, name: str, *, attention: type[Method], allocator: str = "uniform") -> None: ...
 
 
 class RegisterAllocator(Protocol):
+    """What a plugin calls for each allocator."""
+
     def __call__(self, name: str, allocator: type[BudgetAllocator]) -> None: ...
 
 
 class RegisterFamily(Protocol):
+    """What a plugin calls for each model family."""
+
     def __call__(self, model_type: str, family: Family) -> None: ...
 
 

@@ -38,6 +38,7 @@ def repeat_heads(kv: Tensor, groups: int) -> Tensor:
 
 
 def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+    """Plain matrix products; the softmax is in float32, the weights in the model's dtype."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     logits = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(query.shape[-1])
@@ -48,6 +49,7 @@ def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+    """torch's fused attention."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     if mask is not None:
@@ -59,6 +61,7 @@ def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
 
 def flash_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+    """flash-attn, called as transformers calls it; the mask is the 2-D one."""
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
     heads_last = (each.transpose(1, 2) for each in (query, key, value))
@@ -76,16 +79,19 @@ def attend_with_weights(query: Tensor, keys: Tensor, values: Tensor, allowed: Te
 
 
 def eager_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    """Plain matrix products."""
     return attend_with_weights(query, keys, values, allowed)[0]
 
 
 def sdpa_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    """torch's fused attention."""
     query, keys, values = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
     mask = None if allowed is None else allowed.unsqueeze(0)
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask).squeeze(0)
 
 
 def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    """flash-attn; a chunk of new tokens or a sliding window takes a mask, and so the other fused kernel."""
     if allowed is not None:  # flash-attn takes no mask by position; the other kernel computes the same thing
         return sdpa_decode(query, keys, values, allowed)
     from flash_attn import flash_attn_func

@@ -37,7 +37,7 @@ class Method(ABC):
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, BudgetAllocator):
-                flat["allocator"] = type(value).__name__
+                flat["allocator"] = value.name
                 flat |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
             else:
                 flat[each.name] = value

@@ -92,17 +92,20 @@ class Registry:
 
         Raises `UserError` for a hook that does not exist and for a name that is taken.
         """
-        self._manager.register(module)
+        name = f"{len(self.plugins)}: {plugin.name}"  # pluggy wants names of its own; two plugins may share ours
         try:
+            self._manager.register(module, name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
+            if self._manager.is_registered(module):
+                self._manager.unregister(module)
             raise UserError(
                 f"plugin {plugin.name} of {plugin} has a hook that kvfactory does not know: {error}"
             ) from error
         self.plugins.append(plugin)
         doors: dict[str, Callable[..., None]] = {
             "kvfactory_register_methods": self._register_method,
-            "kvfactory_register_allocators": partial(self._register, "allocator", self.allocators),
+            "kvfactory_register_allocators": self._register_allocator,
             "kvfactory_register_families": partial(self._register, "model family", self.families),
         }
         for hook, register in doors.items():
@@ -118,7 +121,8 @@ class Registry:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"--plugin {path}: no such file; give the path of a Python file with a hook in it")
-        spec = importlib.util.spec_from_file_location(f"kvfactory_plugin_{path.stem}", path)
+        unique = f"kvfactory_plugin_{len(self.plugins)}_{path.stem}"
+        spec = importlib.util.spec_from_file_location(unique, path)
         if spec is None or spec.loader is None:
             raise UserError(f"--plugin {path}: not a Python file; give the path of a file that ends in .py")
         module = importlib.util.module_from_spec(spec)
@@ -133,6 +137,10 @@ class Registry:
         self, plugin: Plugin, name: str, *, attention: type[Method], allocator: str = "uniform"
     ) -> None:
         self._register("method", self.methods, plugin, name, MethodEntry(attention, allocator, plugin))
+
+    def _register_allocator(self, plugin: Plugin, name: str, allocator: type[BudgetAllocator]) -> None:
+        self._register("allocator", self.allocators, plugin, name, allocator)
+        allocator.name = name
 
     def _register(self, kind: str, shelf: dict[str, Any], plugin: Plugin, name: str, thing: Any) -> None:
         if name != name.lower():
@@ -194,6 +202,9 @@ class Registry:
         """
         entry = self.method_entry(name)
         own = settings_of(entry.attention)
+        for alias, meant in entry.attention.aliases.items():
+            if alias in settings and meant in settings:
+                raise UserError(f"{alias} and {meant} are one setting of {name}; give one of them")
         settings = {entry.attention.aliases.get(each, each): value for each, value in settings.items()}
         known = self.settings(name, allocator)
         for each in settings:
@@ -247,9 +258,10 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     Raises `UserError` naming the flag and what would be right.
     """
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise unknown(f"--{name}", str(value), get_args(kind))
-        return value
+        choices = {str(choice): choice for choice in get_args(kind)}
+        if str(value) not in choices:
+            raise unknown(f"--{name}", str(value), choices)
+        return choices[str(value)]
     if get_origin(kind) in (Union, types.UnionType):
         if value is None or value == "none":
             return None

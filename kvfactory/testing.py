@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -32,7 +31,7 @@ from transformers import (
 
 from .attention import compress
 from .context import LayerContext
-from .engine import Engine
+from .engine import Engine, Sequence
 from .method import Method
 from .stores import Store
 
@@ -199,14 +198,20 @@ class MethodContract(ABC):
     def test_a_fork_leaves_the_trunk_alone(self) -> None:
         engine = Engine(tiny_model())
         ids, _ = tiny_prompts(60)
-        trunk = engine.prefill(ids[0], [self.make(self.budget)])[0]
+        questions = ids[0, :7].tolist(), ids[0, 20:29].tolist()
+
+        def prefilled() -> Sequence:
+            return engine.prefill(ids[0], [self.make(self.budget)])[0]
+
+        alone = [engine.decode([engine.extend(prefilled(), question)], 8)[0] for question in questions]
+        trunk = prefilled()
         before = _held(trunk.cache.stores)
-        question = ids[0, :7].tolist()
-        answers = [engine.decode([engine.extend(trunk.fork(), question)], 8)[0] for _ in range(2)]
-        assert answers[0] == answers[1]
-        after = _held(trunk.cache.stores)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert engine.decode([engine.extend(trunk, question)], 8)[0] == answers[0]
+        branches = [trunk.fork() for _ in questions]
+        for branch, question in zip(branches, questions, strict=True):
+            engine.extend(branch, question)
+        assert engine.decode(branches, 8) == alone, "branches write into what they share"
+        assert all(torch.equal(a, b) for a, b in zip(before, _held(trunk.cache.stores), strict=True))
+        assert engine.decode([engine.extend(trunk, questions[0])], 8)[0] == alone[0]
 
     def test_no_memory_of_other_examples(self) -> None:
         model, method = tiny_model(), self.make(self.budget)
@@ -264,7 +269,7 @@ class MethodContract(ABC):
         assert all(max(store.lengths()) <= self.decode_budget for store in rows[0].stores)
 
 
-def _held(stores: Sequence[Store]) -> list[Tensor]:
+def _held(stores: list[Store]) -> list[Tensor]:
     return [x.clone() for store in stores for x in (*store.keys(), *store.values(), *store.positions())]
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import load_haystack
-from kvfactory.benchmarks.needle import STYLES, Needle
+from kvfactory.benchmarks.needle import Needle
+from kvfactory.benchmarks.needle_styles import STYLES
 from kvfactory.chat import chat_ids, has_chat_template
 from kvfactory.cli import CommaList, PositiveInt, registry_for, run_command, sweep_command
 from kvfactory.report.heatmaps import save_heatmaps

@@ -170,14 +170,15 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
     model, (ids, mask) = tiny_model(), tiny_prompts(40, 27)
     question = tiny_prompts(9, 9, seed=8)[0]
     with compress(model, fullkv()) as compression:
-        first = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        first, _ = steps(model, ids, mask, max_new_tokens=5, min_new_tokens=5)
         turn = torch.cat([first, question], 1)
         turn_mask = torch.cat([mask, torch.ones(2, 14, dtype=torch.long)], 1)
-        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
         cache = compression.cache
-        ours = model.generate(input_ids=turn, attention_mask=turn_mask, past_key_values=cache, **settings)
+        ours, logits = steps(model, turn, turn_mask, past_key_values=cache)
         assert compression.cache is cache
-    assert torch.equal(ours, model.generate(input_ids=turn, attention_mask=turn_mask, **settings))
+    stock, stock_logits = steps(model, turn, turn_mask)
+    assert torch.equal(ours, stock)
+    torch.testing.assert_close(logits, stock_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_beams_of_a_batch_that_evicts_are_those_of_each_row_alone() -> None:
@@ -211,7 +212,7 @@ def state(model: PreTrainedModel) -> list[Any]:
 
 
 def test_nothing_is_left_patched() -> None:
-    model, (ids, mask) = tiny_model(), tiny_prompts(40, 27)
+    model, (ids, mask) = tiny_model.__wrapped__("llama"), tiny_prompts(40, 27)  # one that was never patched
     other = deepcopy(model)
     before, before_other, stock = state(model), state(other), generate(model, ids, mask)
     with compress(model, load_method("snapkv", budget=12)):
@@ -237,7 +238,7 @@ class Fails(Method):
 
 
 def test_nothing_is_left_patched_after_an_exception() -> None:
-    model, (ids, mask) = tiny_model(), tiny_prompts(40, 27)
+    model, (ids, mask) = tiny_model.__wrapped__("llama"), tiny_prompts(40, 27)
     before, stock = state(model), generate(model, ids, mask)
     with pytest.raises(ArithmeticError), compress(model, Fails()):
         generate(model, ids, mask)
@@ -259,6 +260,14 @@ def test_a_stock_cache_that_is_under_way_stays_stock() -> None:
             logits = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(logits, stock, rtol=1e-4, atol=1e-4)
     assert compression.cache is None and cache.get_seq_length() == 40
+
+
+def test_without_a_cache_there_is_nothing_to_compress() -> None:
+    model, (ids, mask) = tiny_model(), tiny_prompts(40)
+    stock, _ = steps(model, ids, mask)
+    with compress(model, load_method("snapkv", budget=12)) as compression:
+        assert torch.equal(steps(model, ids, mask, use_cache=False)[0], stock)
+    assert compression.cache is None
 
 
 def test_an_engine_inside_the_context_is_right_or_refused() -> None:

@@ -15,7 +15,7 @@ from kvfactory import BudgetAllocator, EvictionMethod, LayerContext, UserError
 from kvfactory.budget import HeadAdaptive, Pyramid, Uniform
 from kvfactory.testing import compress_layer
 
-SCHEDULES = ["kvcache-factory", "adakv", "kvpress", "exact"]
+SCHEDULES = ["kvcache-factory", "never-uniform", "kvpress", "exact"]
 quick = settings(max_examples=150, deadline=None)
 
 
@@ -110,7 +110,7 @@ def test_kvcache_factorys_pyramid_is_flat_while_the_prompt_is_short() -> None:
     """With 2 * (budget - protected) = 48 tokens the pyramid begins; one token less, and every layer keeps the budget."""
     assert over_layers(Pyramid(), (32, 8, 39, 4)) == [24] * 4
     assert over_layers(Pyramid(), (32, 8, 40, 4)) == [40, 30, 20, 10]
-    assert over_layers(Pyramid(pyramid_schedule="adakv"), (32, 8, 39, 4)) == [39, 29, 19, 9]
+    assert over_layers(Pyramid(pyramid_schedule="never-uniform"), (32, 8, 39, 4)) == [39, 29, 19, 9]
 
 
 def test_a_steeper_pyramid_leaves_less_for_the_last_layer() -> None:

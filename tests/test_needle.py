@@ -21,7 +21,8 @@ from kvfactory.benchmarks.haystack import (
     sentence_ends,
     split_point,
 )
-from kvfactory.benchmarks.needle import Needle, Sandwich, depth_grid, logistic
+from kvfactory.benchmarks.needle import Needle, depth_grid, logistic
+from kvfactory.benchmarks.needle_styles import Sandwich
 from kvfactory.errors import UserError
 
 WORDS = "the a river stone house walks under over green slow night morning finds keeps seven open"

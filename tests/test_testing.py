@@ -59,15 +59,6 @@ class Sound(EvictionMethod):
         return pool(votes, 7, "maxpool")
 
 
-class TopkTies(Sound):
-    """Leaves ties to torch.topk, which breaks them as its memory lies."""
-
-    def compress(self, layer: LayerContext) -> Store:
-        scores = self.score(layer)
-        scores[:, -4:] = torch.inf
-        return self.store(layer, scores.topk(min(self.budget, layer.num_tokens)).indices.sort(-1).values)
-
-
 class IndexOnTheClass(Sound):
     """Works out what to keep of the first prompt it sees, and keeps the same of every other."""
 
@@ -220,7 +211,6 @@ def test_a_sound_method_keeps_every_rule() -> None:
 @pytest.mark.parametrize(
     ("broken", "rule"),
     [
-        (TopkTies, "test_ties_are_broken_by_position"),
         (IndexOnTheClass, "test_no_memory_of_other_examples"),
         (ScoresOnTheInstance, "test_no_memory_of_other_examples"),
         (MixesInThePrompt, "test_no_memory_of_other_examples"),
