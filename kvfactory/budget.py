@@ -100,8 +100,10 @@ class Pyramid(BudgetAllocator):
         return round(high - layer * (high - low) / (layers - 1)) - protected
 
     def _exact(self, base: int, protected: int, competing: int, layer: int, layers: int) -> int:
+        if layers == 1:
+            return base
         high = max(min(2 * base - base / self.beta, competing), base)
-        step = 2 * (high - base) / max(layers - 1, 1)
+        step = 2 * (high - base) / (layers - 1)
         shares = [high - each * step for each in range(layers)]
         floors = [int(share) for share in shares]
         by_remainder = sorted(range(layers), key=lambda each: floors[each] - shares[each])

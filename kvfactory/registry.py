@@ -99,9 +99,8 @@ class Registry:
         except pluggy.PluginValidationError as error:
             if self._manager.is_registered(module):
                 self._manager.unregister(module)
-            raise UserError(
-                f"plugin {plugin.name} of {plugin} has a hook that kvfactory does not know: {error}"
-            ) from error
+            why = " ".join(str(error).split())
+            raise UserError(f"plugin {plugin.name} of {plugin}: a hook is not as kvfactory knows it: {why}") from error
         self.plugins.append(plugin)
         doors: dict[str, Callable[..., None]] = {
             "kvfactory_register_methods": self._register_method,
