@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from .clock import now
 from .context import LayerContext
 from .kernels import KERNELS, decode_attention
 from .method import Method
@@ -34,12 +33,11 @@ class SequenceCache:
     """The part of it that was really spent here, measures that another method paid for left out."""
 
     def compress(self, layer: LayerContext) -> None:
-        layer.borrowed_seconds = 0.0
-        started = now(layer.keys.device)
-        self.stores.append(self.method.compress(layer))
-        seconds = now(layer.keys.device) - started
-        self.own_seconds += seconds
-        self.compress_seconds += seconds + layer.borrowed_seconds
+        """Add the next layer's store, and what making it took."""
+        measure = layer.measure(lambda: self.method.compress(layer))
+        self.stores.append(measure.value)
+        self.own_seconds += measure.seconds
+        self.compress_seconds += layer.seconds_alone(measure)
 
     def fork(self) -> SequenceCache:
         """A second cache that starts from here: several questions about one context."""

@@ -19,6 +19,27 @@ QUERY_CHUNK = 64
 """Queries whose attention rows are held at once while attention is summed over a whole prompt: few, to stay in cache."""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """Something computed, and what it took."""
+
+    value: Any
+    seconds: float
+    """Time spent, on shared measures too where they were computed here for the first time."""
+    own_seconds: float
+    """Time spent outside of shared measures."""
+    needs: set[Hashable]
+    """Keys of the shared measures it asked for, and of those that they asked for."""
+
+
+@dataclass
+class Inner:
+    """What was computed inside the measure that is being taken."""
+
+    seconds: float = 0.0
+    needs: set[Hashable] = field(default_factory=set)
+
+
 @dataclass(eq=False)
 class LayerContext:
     """One layer of one sequence after its prefill. Tensors are [heads, tokens, head_dim], rotated, in the model's dtype."""
@@ -34,9 +55,8 @@ class LayerContext:
     """[tokens, hidden_size], the input of the attention block."""
     inverse_frequencies: Tensor | None = None
     """[head_dim / 2], the rotary angle of one position, for methods that re-rotate keys."""
-    borrowed_seconds: float = 0.0
-    """Time that shared measures would have cost a method had it run alone, since it was last set to 0."""
-    _shared: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
+    _shared: dict[Hashable, Measure] = field(default_factory=dict)
+    _inner: Inner = field(default_factory=Inner)
 
     @property
     def num_tokens(self) -> int:
@@ -52,15 +72,27 @@ class LayerContext:
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, done once a layer for all methods of a sweep that ask with the same key."""
-        if key in self._shared:
-            value, seconds = self._shared[key]
-            self.borrowed_seconds += seconds
-            return value
-        borrowed, started = self.borrowed_seconds, now(self.keys.device)
-        value = compute()
-        seconds = now(self.keys.device) - started + self.borrowed_seconds - borrowed
-        self._shared[key] = (value, seconds)
-        return value
+        if key not in self._shared:
+            self._shared[key] = self.measure(compute)
+        measure = self._shared[key]
+        self._inner.needs |= {key} | measure.needs
+        return measure.value
+
+    def measure(self, compute: Callable[[], Any]) -> Measure:
+        """`compute()`, what it took, and which shared measures it asked for on the way."""
+        outer, self._inner = self._inner, Inner()
+        started = now(self.keys.device)
+        try:
+            value = compute()
+        finally:
+            seconds = now(self.keys.device) - started
+            inner, self._inner = self._inner, outer
+            outer.seconds += seconds
+        return Measure(value, seconds, seconds - inner.seconds, inner.needs)
+
+    def seconds_alone(self, measure: Measure) -> float:
+        """What a measure would have taken had nobody computed anything for it."""
+        return measure.own_seconds + sum(self._shared[key].own_seconds for key in measure.needs)
 
     def window_attention(self, window_size: int) -> Tensor:
         """Attention weights of the last `window_size` queries over all keys, [query_heads, window_size, tokens], float32."""

@@ -265,3 +265,41 @@ def test_protected_tokens_are_kept_besides_under_every_allocator(
     store = compress_layer(method, q, k, k, layer, 5)
     for count, positions in zip(counts, store.positions(), strict=True):
         assert positions.tolist() == [0, 1, *range(37 - count, 37), 37, 38, 39]
+
+
+class Given(EvictionMethod):
+    """Scores that are given, and one recent token that is protected."""
+
+    def with_scores(self, scores: Tensor) -> Given:
+        vars(self)["scores"] = scores
+        return self
+
+    def protected(self) -> tuple[int, int]:
+        return 0, 1
+
+    def score(self, layer: LayerContext) -> Tensor:
+        scores: Tensor = vars(self)["scores"]
+        return scores
+
+
+@quick
+@given(
+    levels=st.integers(1, 5),
+    tokens=st.integers(20, 60),
+    budget=st.integers(2, 19),
+    seed=st.integers(0, 999),
+    allocator=st.one_of(st.just(Uniform()), adaptives),
+    transposed=st.booleans(),
+)
+def test_ties_are_broken_by_position(
+    levels: int, tokens: int, budget: int, seed: int, allocator: BudgetAllocator, transposed: bool
+) -> None:
+    """Scores of few levels tie all the time; of those that tie the first stay, however the scores lie in memory."""
+    scores = torch.randint(levels, (2, tokens), generator=torch.Generator().manual_seed(seed)).float() ** 3
+    lying = scores.T.contiguous().T if transposed else scores
+    k = torch.zeros(2, tokens, 4)
+    counts = allocator.counts(scores[:, :-1], budget=budget, protected=1, layer_index=0, num_layers=1)
+    store = compress_layer(Given(budget=budget, allocator=allocator).with_scores(lying), k, k, k)
+    for row, count, positions in zip(scores.tolist(), counts, store.positions(), strict=True):
+        best = sorted(range(tokens - 1), key=lambda at: (-row[at], at))[:count]
+        assert positions.tolist() == [*sorted(best), tokens - 1]

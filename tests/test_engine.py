@@ -81,7 +81,7 @@ def test_a_sweep_is_its_separate_runs(family: str, kernel: str) -> None:
 @cache
 def a_crowd() -> tuple[Engine, list[Sequence], list[Sequence]]:
     """Sequences of three prompts and all methods, prefilled; and each of them decoded alone."""
-    engine = Engine(tiny_model())
+    engine = Engine(tiny_model("qwen2"))  # whose rotary tables go by the longest row
     crowd = [each for length in (60, 43, 30) for each in engine.prefill(prompt(length), all_methods())]
     alone = [each.fork() for each in crowd]
     for each in alone:
@@ -355,6 +355,7 @@ class Slow(Method):
             layer.shared("deep measure", lambda: self.work(4) + shallow())
         else:
             shallow()
+        shallow()  # asked for again, and charged once
         return SlowToRead(layer.keys, layer.values, vars(self)["clock"])
 
 
@@ -370,7 +371,7 @@ class SlowToRead(DenseStore):
         return super().read(query)
 
 
-@pytest.mark.parametrize("order", [(False, True), (True, False), (True, True, False, False, True)])
+@pytest.mark.parametrize("order", [(False, True, True), (True, False), (True, True, False, False, True)])
 def test_a_method_is_charged_as_if_it_ran_alone(clock: SimpleNamespace, order: tuple[bool, ...]) -> None:
     engine = Engine(tiny_model())
     alone = {deep: prefilled(engine, method=Slow(clock, deep)).cache for deep in (False, True)}

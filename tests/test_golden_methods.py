@@ -185,7 +185,7 @@ def test_h2o_of_the_thesis(shared: Path) -> None:
     importance = golden["in_importance"]
     keys = golden["in_k"][0][:, : len(importance)]
     layer = LayerContext(0, 1, keys, keys, keys)
-    layer._shared["attention_mass"] = (importance.expand(len(keys), -1), 0.0)
+    layer.shared("attention_mass", lambda: importance.expand(len(keys), -1))
     for positions in method.compress(layer).positions():
         assert positions.tolist() == golden["out_kept"].tolist()
 

@@ -109,7 +109,7 @@ def test_a_package_may_bring_allocators_and_families_too(monkeypatch: pytest.Mon
     class Plugged:
         @hookimpl
         def kvfactory_register_allocators(self, register: Callable[..., None]) -> None:
-            register("flat", Uniform)
+            register("flat", Flat)
 
         @hookimpl
         def kvfactory_register_families(self, register: Callable[..., None]) -> None:
@@ -121,7 +121,32 @@ def test_a_package_may_bring_allocators_and_families_too(monkeypatch: pytest.Mon
 
     registry = installed(monkeypatch, mine=Plugged())
     assert registry.families["llama9"] is family
-    assert registry.load_method("mine", budget=9) == ScoreByNorm(budget=9, allocator=Uniform())
+    assert registry.load_method("mine", budget=9) == ScoreByNorm(budget=9, allocator=Flat())
+
+
+class Flat(Uniform):
+    """An allocator of somebody else's."""
+
+
+def test_an_allocator_taken_up_by_another_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Uniform, "name", Uniform.name)  # to be put back, should it not be kept
+
+    class Plugged:
+        @hookimpl
+        def kvfactory_register_allocators(self, register: Callable[..., None]) -> None:
+            register("even", Uniform)
+
+    registry = Registry.load()
+    try:
+        registry.add(Plugged(), Plugin("even", "kvf-even", "1.0"))
+    except UserError as error:
+        assert "even" in str(error) and "uniform" in str(error)
+    else:
+        assert registry.load_method("snapkv", budget=32).settings()["allocator"] == "uniform"
+        assert registry.load_method("snapkv", budget=32, allocator="even").settings()["allocator"] in (
+            "even",
+            "uniform",
+        )
 
 
 class ScoreByNorm(EvictionMethod):
