@@ -138,6 +138,9 @@ class Registry:
         self._register("method", self.methods, plugin, name, MethodEntry(attention, allocator, plugin))
 
     def _register_allocator(self, plugin: Plugin, name: str, allocator: type[BudgetAllocator]) -> None:
+        other = vars(allocator).get("name", name)
+        if other != name:
+            raise UserError(f"allocator '{name}' of {plugin} is the class of '{other}'; derive a class of its own")
         self._register("allocator", self.allocators, plugin, name, allocator)
         allocator.name = name
 
