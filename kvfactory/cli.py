@@ -213,6 +213,11 @@ def _run_with_progress(sweep: Sweep, name: str) -> None:
     missing = sweep.missing()
     total = sum(len(jobs) for _, jobs in missing)
     already = len(sweep.folder.rows)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > models.default_threads():
+        print(
+            "notice: other programs use the processors, so this takes longer and times are not comparable",
+            file=sys.stderr,
+        )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

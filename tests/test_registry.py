@@ -236,7 +236,8 @@ def test_two_plugin_files_of_one_name_in_two_folders(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         file = tmp_path / folder / "mine.py"
-        file.write_text(GOOD_PLUGIN.replace("NAME", f"mine-{folder}"))
+        file.write_text(GOOD_PLUGIN.replace("NAME", f"mine-{folder}").replace("int", f"Size_{folder}"))
+        file.write_text(file.read_text().replace("@dataclass", f"Size_{folder} = int\n\n@dataclass"))
     registry.add_file(tmp_path / "a" / "mine.py")
     try:
         registry.add_file(tmp_path / "b" / "mine.py")
@@ -244,7 +245,7 @@ def test_two_plugin_files_of_one_name_in_two_folders(tmp_path: Path) -> None:
         assert all(str(tmp_path / folder / "mine.py") in str(error) for folder in "ab")
     else:
         assert sorted(registry.methods) == ["mine-a", "mine-b"]
-        a, b = (type(registry.load_method(f"mine-{folder}")) for folder in "ab")
+        a, b = (type(registry.load_method(f"mine-{folder}", size="4")) for folder in "ab")
         assert a is not b
 
 

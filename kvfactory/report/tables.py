@@ -126,7 +126,7 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
         table.caption = "* nominal: evicted entries are only masked, the memory is not freed"
     table.add_column("\nmethod", overflow="fold")
     costs = ["kept\ntokens", "\nevicted", "cache\nMiB", "of\nfull", "prefill\ns", "compr.\ns", "decode\ns"]
-    for name in ["\nbudget", "\nrows", *(f"\n{name}" for name in scores), *costs]:
+    for name in ["\nbudget", "\nn", *(f"\n{name}" for name in scores), *costs]:
         table.add_column(name, justify="right")
     for line in frame.to_dict("records"):
         table.add_row(
