@@ -11,7 +11,7 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-wanted="$(cat pyproject.toml constraints.txt plugins/*.py | cksum) $("$python" --version) $extra"
+wanted="$(cat pyproject.toml constraints.txt | cksum) $("$python" --version) $extra"
 stamp=".venv/installed${extra:+-$extra}"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
   echo "== .venv is up to date"

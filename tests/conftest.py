@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from kvfactory import load_model
+
+settings.register_profile("busy machine", deadline=None)  # how long an example takes says nothing about what it checks
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")
