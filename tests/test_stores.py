@@ -87,9 +87,10 @@ class StoreMachine(RuleBasedStateMachine):
     def chosen_positions(self, count: int, prompt: int) -> Tensor:
         return torch.randperm(prompt, generator=self.generator)[:count].sort().values
 
-    @rule(which=st.integers(0, 9), tokens=st.sampled_from([1, 1, 1, 2, 7, 40]))
-    def append(self, which: int, tokens: int) -> None:
+    @rule(which=st.integers(0, 9), tokens=st.sampled_from([1, 1, 1, 2, 7, 40]), skipped=st.sampled_from([0, 0, 0, 3]))
+    def append(self, which: int, tokens: int, skipped: int) -> None:
         store, plain = self.pick(which)
+        plain.seen += skipped
         keys, values = some(self.generator, KV_HEADS, tokens), some(self.generator, KV_HEADS, tokens)
         store.append(keys, values, plain.seen)
         plain.append(keys, values)
@@ -197,6 +198,24 @@ TestDenseStore = DenseMachine.TestCase
 TestDenseStore.settings = quick
 TestRaggedStore = RaggedMachine.TestCase
 TestRaggedStore.settings = quick
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_forks_with_room_to_grow_write_apart(ragged: bool) -> None:
+    keys, positions = torch.zeros(2, 5, DIM), torch.arange(5, dtype=torch.int32).expand(2, -1)
+    trunk: Store = RaggedStore(list(keys), list(keys), list(positions)) if ragged else DenseStore(keys, keys, positions)
+    trunk.append(keys[:, :1], keys[:, :1], 5)  # now there is room behind the entries, which forks share
+    branches = [trunk, trunk.fork(), trunk.fork()]
+    branches.append(branches[1].fork())
+    for step in range(3):
+        for number, branch in enumerate(branches):
+            token = torch.full((2, 1, DIM), 10.0 * number + step)
+            branch.append(token, -token, 6 + step)
+    for number, branch in enumerate(branches):
+        for head in range(2):
+            assert branch.keys()[head][6:, 0].tolist() == [10 * number + step for step in range(3)]
+            assert branch.values()[head][6:, 0].tolist() == [-10 * number - step for step in range(3)]
+            assert branch.positions()[head].tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
