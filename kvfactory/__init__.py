@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from . import metrics
 from .attention import Family, compress
-from .budget import BudgetAllocator
+from .budget import BudgetAllocator, Share
 from .context import LayerContext, pool, reduce_groups
+from .decoding import BoundedStore, SlidingStore, TrackingStore
 from .engine import Engine, Sequence
 from .errors import UserError, require
 from .hookspecs import hookimpl
-from .method import AttentionScoredMethod, EvictionMethod, Method
+from .merge import Merge
+from .method import AttentionScoredMethod, EvictionMethod, Method, TrackingMethod
 from .models import load_model
 from .registry import load_method
-from .stores import DenseStore, RaggedStore, Reading, Store
+from .stores import DenseStore, HeadwiseStore, RaggedStore, Reading, Store
 
 __all__ = [
     "AttentionScoredMethod",
+    "BoundedStore",
     "BudgetAllocator",
     "DenseStore",
     "Engine",
     "EvictionMethod",
     "Family",
+    "HeadwiseStore",
     "LayerContext",
+    "Merge",
     "Method",
     "RaggedStore",
     "Reading",
     "Sequence",
+    "Share",
+    "SlidingStore",
     "Store",
+    "TrackingMethod",
+    "TrackingStore",
     "UserError",
     "compress",
     "hookimpl",

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from .cache import CompressedCache, LayerBatch, SequenceCache
 from .errors import UserError, unknown
 from .method import Method
+from .stores import Store
 
 Rotary = Callable[[Any, Tensor, Tensor, tuple[Tensor, Tensor] | None, int], tuple[Tensor, Tensor]]
 
@@ -220,7 +221,20 @@ class Patch:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CompressedCache):
+            was_prefill = cache.is_empty
             cache.end(output[0].shape[1])
+            if was_prefill:
+                prompt = prompt_of(args, kwargs)
+                ids = prompt.tolist() if prompt.dim() == 2 else [[] for _ in prompt]  # embeddings have no ids
+                cache.finish(ids, self._feed)
+
+    def _feed(self, method: Method, seen: int, stores: list[Store], ids: list[int]) -> None:
+        """Pass tokens through the model over stores that hold what came before."""
+        device = self.model.get_input_embeddings().weight.device
+        cache = self.new_cache([[SequenceCache(method, stores, seen)]])
+        positions = torch.arange(seen, seen + len(ids), device=device)[None]
+        tokens = torch.tensor([ids], device=device)
+        self.model.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
 
 
 class Compression:

@@ -7,21 +7,54 @@ method protects (sinks, a recent window) are kept besides and are part of the bu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .errors import UserError, require
+from .parts import Part
+
+
+@dataclass(frozen=True)
+class Share:
+    """A budget that grows with the prompt: `Share(10)`, written 10%, is a tenth of its tokens, rounded down."""
+
+    percent: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.percent <= 100, f"{self}: a share of the prompt is more than 0% and at most 100%")
+
+    @classmethod
+    def read(cls, text: object) -> Share:
+        """The share that a text such as `12.5%` means; ValueError for any other text."""
+        if isinstance(text, Share):
+            return text
+        if not str(text).endswith("%"):
+            raise ValueError(text)
+        return cls(float(str(text)[:-1]))
+
+    def of(self, tokens: int) -> int:
+        return int(tokens * self.percent / 100)
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%"
+
+
+def whole_shares(shares: Sequence[float], total: int) -> list[int]:
+    """Shares as whole numbers that add up to the total: rounded down, and the largest remainders up, earlier ones first."""
+    floors = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda each: floors[each] - shares[each])
+    for each in by_remainder[: total - sum(floors)]:
+        floors[each] += 1
+    return floors
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetAllocator(ABC):
+class BudgetAllocator(Part, ABC):
     """Splits a budget; its dataclass fields are settings, as a method's are."""
-
-    name: ClassVar[str] = ""
-    """What it is registered as."""
 
     @abstractmethod
     def counts(self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int) -> list[int]:
@@ -53,17 +86,17 @@ class Pyramid(BudgetAllocator):
     """Many entries in the first layers, few in the last, falling linearly (PyramidKV, arXiv 2406.02069).
 
     Schedules that go by one name differ; with b = budget - protected and T prompt tokens:
+    - `exact`: real steps, rounded so that the mean over layers is the budget.
     - `kvcache-factory`: from 2b - b // beta down in integer steps; uniform while T < 2b. Integer steps lose their
       remainder, so that the mean over layers can exceed the budget (by up to 1.6 times for small budgets).
     - `never-uniform`: the same without the uniform case, as the authors of AdaKV have it.
     - `kvpress`: real steps, rounded, and the protected tokens taken out of each layer's share instead of added to it;
       uniform if the last layer would hold fewer than the protected tokens.
-    - `exact`: real steps, rounded so that the mean over layers is the budget.
     """
 
     beta: float = 20
     """Steepness: the last layer keeps about 1/beta of the budget."""
-    pyramid_schedule: Literal["kvcache-factory", "never-uniform", "kvpress", "exact"] = "kvcache-factory"
+    pyramid_schedule: Literal["exact", "kvcache-factory", "never-uniform", "kvpress"] = "exact"
 
     def __post_init__(self) -> None:
         if not self.beta >= 1:
@@ -104,10 +137,7 @@ class Pyramid(BudgetAllocator):
             return base
         high = max(min(2 * base - base / self.beta, competing), base)
         step = 2 * (high - base) / (layers - 1)
-        shares = [high - each * step for each in range(layers)]
-        floors = [int(share) for share in shares]
-        by_remainder = sorted(range(layers), key=lambda each: floors[each] - shares[each])
-        return floors[layer] + (layer in by_remainder[: layers * base - sum(floors)])
+        return whole_shares([high - each * step for each in range(layers)], layers * base)[layer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +160,10 @@ class HeadAdaptive(BudgetAllocator):
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise UserError(f"--floor is {self.floor}; it is a share from 0 to 1")
+
+    @property
+    def weighs_scores(self) -> bool:
+        return self.normalize
 
     def counts(
         self,

@@ -6,14 +6,17 @@ were seen; how many entries are stored is the stores' own business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from .context import LayerContext
+from .clock import now
+from .context import LayerContext, Prompt
 from .kernels import KERNELS, decode_attention
 from .method import Method
 from .stores import Store
@@ -38,6 +41,15 @@ class SequenceCache:
         self.stores.append(measure.value)
         self.own_seconds += measure.seconds
         self.compress_seconds += layer.seconds_alone(measure)
+
+    def finish(self, prompt: Prompt) -> None:
+        """The prompt has passed through all layers."""
+        device = self.stores[0].keys()[0].device
+        started = now(device)
+        self.stores = self.method.finish(self.stores, prompt)
+        seconds = now(device) - started
+        self.own_seconds += seconds
+        self.compress_seconds += seconds
 
     def fork(self) -> SequenceCache:
         """A second cache that starts from here: several questions about one context."""
@@ -100,6 +112,15 @@ class CompressedCache(Cache):
             for cache in row:
                 cache.seen += tokens - padding
 
+    def finish(self, prompts: list[list[int]], feed: Callable[[Method, int, list[Store], list[int]], None]) -> None:
+        """After a prefill: prompts are the token ids of the rows, their padding among them.
+
+        `feed` passes more ids through the model, given the method, the tokens seen and the stores to use.
+        """
+        for row, padding, ids in zip(self.rows, self._padding, prompts, strict=True):
+            for cache in row:
+                cache.finish(Prompt(ids[padding:], partial(feed, cache.method, cache.seen)))
+
     def attend(self, layer: LayerBatch, mask: Tensor | None) -> Tensor:
         """Attention output [batch, query_heads, tokens, head_dim] of one layer; fills the stores or reads them."""
         if self.is_empty:
@@ -145,11 +166,10 @@ class CompressedCache(Cache):
             return pad(row, (0, 0, padding, 0))
         store = cache.stores[layer_index]
         store.append(key, value, cache.seen)
-        output, weights = decode_attention(
-            self.kernel, query, store.read(query), cache.seen, self.window, store.observes
-        )
-        if store.observes:
-            store.observe(weights if len(weights) > 1 else weights[0])
+        reading = store.read(query)
+        output, weights = decode_attention(self.kernel, query, reading, cache.seen, self.window, store.observes)
+        whole = isinstance(reading.keys, Tensor)
+        store.observe((weights[0] if whole else weights) if store.observes else None)
         return output
 
 

@@ -25,10 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import models
 from .attention import family_of
 from .benchmarks import Benchmark
+from .budget import Share
 from .chat import stop_ids
 from .engine import Engine
 from .errors import UserError
-from .registry import Registry, get_registry, settings_of
+from .registry import Registry, convert, get_registry, settings_of
 from .report.tables import print_table, summarise
 from .results import ROWS, Row, RunFolder, environment
 from .sweep import Sweep, make_jobs
@@ -54,6 +55,17 @@ class CommaList(click.ParamType):
         if not parts:
             self.fail("the list is empty", param, ctx)
         return [self.item.convert(part, param, ctx) for part in parts]
+
+
+class BudgetType(click.ParamType):
+    """Entries, or a share of the prompt: `128`, `10%`."""
+
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Share:
+        if str(value).endswith("%"):
+            return convert("max_capacity_prompts", value, Share)
+        return PositiveInt().convert(value, param, ctx)
 
 
 class PositiveInt(click.IntRange):
@@ -103,9 +115,10 @@ def method_options(registry: Registry) -> list[click.Option]:
     for name in registry.methods:
         for setting in registry.own_settings(name).values():
             owners.setdefault(setting.name, {})[name] = setting.default
-    for name, allocator in registry.allocators.items():
-        for setting in settings_of(allocator).values():
-            owners.setdefault(setting.name, {})[f"allocator {name}"] = setting.default
+    for kind, shelf in registry.parts.items():
+        for name, part in shelf.items():
+            for setting in settings_of(part).values():
+                owners.setdefault(setting.name, {})[f"{kind} {name}"] = setting.default
     return [
         click.Option([f"--{setting}"], default=None, help=_owners(defaults), metavar="VALUE")
         for setting, defaults in owners.items()
@@ -119,6 +132,20 @@ def _owners(defaults: dict[str, Any]) -> str:
     return "; ".join(f"{', '.join(names)} [default: {default}]" for default, names in by_default.items())
 
 
+PART_HELP = {
+    "allocator": "How budgets are split, in place of each method's own way",
+    "merge": "What evicted entries leave in those that stay",
+}
+
+
+def part_options(registry: Registry) -> list[click.Option]:
+    """A flag for each kind of part."""
+    return [
+        click.Option([f"--{kind}"], metavar="NAME", help=f"{PART_HELP[kind]}: {', '.join(shelf)}, or none.")
+        for kind, shelf in registry.parts.items()
+    ]
+
+
 def sweep_options() -> list[click.Option]:
     """Flags of every command that runs methods over a benchmark."""
     texts = CommaList(click.STRING)
@@ -128,12 +155,11 @@ def sweep_options() -> list[click.Option]:
         ),
         click.Option(
             ["--max_capacity_prompts"],
-            type=CommaList(PositiveInt()),
+            type=CommaList(BudgetType()),
             default="512",
             show_default=True,
-            help="Budgets: KV entries kept per head and layer, separated by commas.",
+            help="Budgets: KV entries kept per head and layer, or shares of the prompt as 10%, separated by commas.",
         ),
-        click.Option(["--allocator"], help="How budgets are split, in place of each method's own way."),
         click.Option(["--model_path"], help="Hub id, folder or .gguf file.  [default: the embedded model]"),
         click.Option(
             ["--attn_implementation"], default="sdpa", show_default=True, help="eager, sdpa or flash_attention_2."
@@ -174,7 +200,8 @@ def sweep_command(
         given = {each: value for each, value in chosen.items() if value is not None}
         run_sweep(name, flags, given, make, finish, registry)
 
-    return click.Command(name, params=[*sweep_options(), *options, *settings], callback=run, help=help)
+    flags: list[click.Parameter] = [*sweep_options(), *part_options(registry), *options, *settings]
+    return click.Command(name, params=flags, callback=run, help=help)
 
 
 def run_sweep(
@@ -182,7 +209,8 @@ def run_sweep(
 ) -> None:
     """Load, run what is missing, write the tables and say where everything is."""
     console = Console()
-    jobs = make_jobs(registry, flags["method"], flags["max_capacity_prompts"], flags["allocator"], settings)
+    parts = {kind: flags[kind] for kind in registry.parts}
+    jobs = make_jobs(registry, flags["method"], flags["max_capacity_prompts"], parts, settings)
     torch.set_num_threads(models.default_threads())
     _seed(flags["seed"])
     model, tokenizer = models.load_model(
@@ -242,4 +270,6 @@ def _seed(seed: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value) if isinstance(value, Share) else value

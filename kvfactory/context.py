@@ -1,10 +1,10 @@
-"""What a method may look at when a layer's prefill is done: one sequence, one layer, and measures that methods share."""
+"""What a method may look at: one layer of one sequence, and measures that methods share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from .clock import now
+from .errors import require
+from .stores import Store
 
 T = TypeVar("T")
 
@@ -42,12 +44,16 @@ class Inner:
 
 @dataclass(eq=False)
 class LayerContext:
-    """One layer of one sequence after its prefill. Tensors are [heads, tokens, head_dim], rotated, in the model's dtype."""
+    """One layer of one sequence: after its prefill, or while decoding where a store asks its method to score again.
+
+    Tensors are [heads, tokens, head_dim], rotated, in the model's dtype. While decoding, keys and values are those that
+    are still stored, `queries` the latest ones, and heads are stored heads.
+    """
 
     layer_index: int
     num_layers: int
     queries: Tensor
-    """[query_heads, tokens, head_dim]."""
+    """[query_heads, tokens, head_dim]; while decoding those of the last tokens."""
     keys: Tensor
     """[kv_heads, tokens, head_dim]."""
     values: Tensor
@@ -55,6 +61,8 @@ class LayerContext:
     """[tokens, hidden_size], the input of the attention block."""
     inverse_frequencies: Tensor | None = None
     """[head_dim / 2], the rotary angle of one position, for methods that re-rotate keys."""
+    listed_positions: Tensor | None = None
+    """True positions of the entries, [kv_heads, tokens], int64, where they are not simply 0, 1, 2, ..."""
     _shared: dict[Hashable, Measure] = field(default_factory=dict)
     _inner: Inner = field(default_factory=Inner)
 
@@ -69,6 +77,22 @@ class LayerContext:
     @property
     def kv_heads(self) -> int:
         return self.keys.shape[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """True positions of the entries, [kv_heads or 1, tokens], int64, ascending."""
+        if self.listed_positions is not None:
+            return self.listed_positions
+        return torch.arange(self.num_tokens, device=self.keys.device)[None]
+
+    def rotary_frequencies(self) -> Tensor:
+        """`inverse_frequencies`, or a `UserError` where they are not known."""
+        require(
+            self.inverse_frequencies is not None,
+            "re-rotating keys takes the model's rotary frequencies; none are known",
+        )
+        assert self.inverse_frequencies is not None
+        return self.inverse_frequencies
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, done once a layer for all methods of a sweep that ask with the same key."""
@@ -113,16 +137,46 @@ class LayerContext:
         """Causal attention weights of queries start..stop over keys 0..stop, [query_heads, stop - start, stop], float32."""
         stop = self.num_tokens if stop is None else stop
         keys = self.shared("keys in float32", lambda: self.keys.float().transpose(1, 2).contiguous())
-        queries = self.queries[:, start:stop].float() / math.sqrt(self.queries.shape[-1])
+        before = self.num_tokens - self.queries.shape[1]  # tokens whose queries are gone
+        if start < before:
+            raise ValueError(
+                f"attention of {stop - start} queries is asked for; `recent_queries` kept the last {stop - before}"
+            )
+        queries = self.queries[:, start - before : stop - before].float() / math.sqrt(self.queries.shape[-1])
         folded = queries.reshape(self.kv_heads, -1, queries.shape[-1])
         logits = (folded @ keys[:, :, :stop]).view(self.query_heads, stop - start, stop)
         logits[:, :, start:] += torch.full((stop - start, stop - start), -math.inf, device=logits.device).triu(1)
         return logits.softmax(-1)
 
+    def stored_heads(self, heads: int) -> Iterator[LayerContext]:
+        """The layer once for each stored head, with that head alone in it."""
+        group = self.query_heads // heads
+        for head in range(heads):
+            kv_head = head * self.kv_heads // heads
+            kept = self.listed_positions
+            yield replace(
+                self,
+                queries=self.queries[head * group : (head + 1) * group],
+                keys=self.keys[kv_head : kv_head + 1],
+                values=self.values[kv_head : kv_head + 1],
+                listed_positions=None if kept is None else kept[kv_head : kv_head + 1],
+                _shared={},
+                _inner=Inner(),
+            )
+
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at index [heads, count], each [heads, count, head_dim]; heads is kv_heads or query_heads."""
         source = torch.arange(len(index), device=index.device)[:, None] // (len(index) // self.kv_heads)
         return self.keys[source, index], self.values[source, index]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that has passed through all layers, for a method that looks at it once more."""
+
+    ids: list[int]
+    feed: Callable[[list[Store], list[int]], None]
+    """Passes token ids through the model as if they followed the prompt, over one store a layer, which take them in."""
 
 
 GQA_SCORE_AGG: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,6 +8,7 @@ import pluggy
 
 from .attention import Family
 from .budget import BudgetAllocator
+from .merge import Merge
 from .method import Method
 
 hookspec = pluggy.HookspecMarker("kvfactory")
@@ -17,13 +18,21 @@ hookimpl = pluggy.HookimplMarker("kvfactory")
 class RegisterMethod(Protocol):
     """What a plugin calls for each method."""
 
-    def __call__(self, name: str, *, attention: type[Method], allocator: str = "uniform") -> None: ...
+    def __call__(
+        self, name: str, *, attention: type[Method], allocator: str = "uniform", merge: str | None = None
+    ) -> None: ...
 
 
 class RegisterAllocator(Protocol):
     """What a plugin calls for each allocator."""
 
     def __call__(self, name: str, allocator: type[BudgetAllocator]) -> None: ...
+
+
+class RegisterMerge(Protocol):
+    """What a plugin calls for each merge."""
+
+    def __call__(self, name: str, merge: type[Merge]) -> None: ...
 
 
 class RegisterFamily(Protocol):
@@ -34,12 +43,17 @@ class RegisterFamily(Protocol):
 
 @hookspec
 def kvfactory_register_methods(register: RegisterMethod) -> None:
-    """Call `register(name, attention=MethodClass, allocator="uniform")` for each compression method."""
+    """Call `register(name, attention=MethodClass, allocator="uniform", merge=None)` for each compression method."""
 
 
 @hookspec
 def kvfactory_register_allocators(register: RegisterAllocator) -> None:
     """Call `register(name, AllocatorClass)` for each way to split a budget over layers and heads."""
+
+
+@hookspec
+def kvfactory_register_merges(register: RegisterMerge) -> None:
+    """Call `register(name, MergeClass)` for each way to keep something of what is evicted."""
 
 
 @hookspec

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from .budget import BudgetAllocator, Uniform
-from .context import LayerContext, reduce_groups
-from .errors import UserError
-from .stores import DenseStore, RaggedStore, Store, spread
+from .budget import BudgetAllocator, Share, Uniform
+from .context import LayerContext, Prompt, reduce_groups
+from .decoding import BoundedStore, TrackingStore
+from .errors import UserError, require
+from .merge import Merge
+from .parts import Part
+from .stores import DenseStore, HeadwiseStore, RaggedStore, Store, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,10 @@ class Method(ABC):
 
     memory: ClassVar[Literal["physical", "nominal"]] = "physical"
     """`nominal` marks a method that masks entries and holds all of them."""
+    reads: ClassVar[str] = "nothing"
+    """Whose attention it looks at, in a few words for tables."""
+    prefill: ClassVar[str] = "shared"
+    """How it comes by its prompt, in a few words for tables."""
     aliases: ClassVar[dict[str, str]] = {}
     """Names that other programs use for a setting, and this one's."""
 
@@ -31,108 +38,203 @@ class Method(ABC):
     def compress(self, layer: LayerContext) -> Store:
         """What the layer keeps; its full keys and values are dropped afterwards."""
 
+    def finish(self, stores: list[Store], prompt: Prompt) -> list[Store]:
+        """Called when the prompt has passed through all layers: their stores as they go into decoding, one a layer."""
+        return stores
+
     def settings(self) -> dict[str, Any]:
-        """All settings by name, those of the allocator among them."""
+        """All settings by name, those of its parts among them."""
         flat: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, BudgetAllocator):
-                flat["allocator"] = value.name
+            if isinstance(value, Part):
+                flat[each.name] = value.name
                 flat |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
             else:
-                flat[each.name] = value
+                flat[each.name] = str(value) if isinstance(value, Share) else value
         return flat
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvictionMethod(Method):
-    """Keeps the tokens that score best, at the end of prefill, beside those it protects.
+    """Keeps the tokens that score best, beside those it protects: at the end of prefill, and on request while decoding.
 
-    A subclass writes `score`, and `protected` if some tokens are always kept. Every allocator works with every score.
+    A subclass writes `score`, and `protected` if some tokens are always kept. Every allocator and every merge works with
+    every score.
     """
 
-    budget: int
+    signed_scores: ClassVar[bool] = False
+    """True where scores may be below 0: parts that take scores for weights are then refused."""
+
+    budget: int | Share
     """KV entries kept per stored head and layer after prefill, protected ones included."""
     kv_cache_granularity: Literal["kv_head", "query_head"] = "kv_head"
     """Entries are chosen and stored once per KV head, or once per query head (as published figures often are)."""
     allocator: BudgetAllocator = field(default_factory=Uniform)
+    merge: Merge | None = None
+    decode_budget: int | Literal["same"] | None = None
+    """Entries a head holds while decoding: a number, `same` as after the prompt, or none: nothing is evicted then."""
+    decode_interval: int | Share = 1
+    """Entries that an eviction while decoding frees, which come one a step; or a percentage of those held."""
 
     def __post_init__(self) -> None:
-        needed = sum(self.protected())
-        if self.budget <= needed:
+        least = self.least_budget()
+        if isinstance(self.budget, int) and self.budget < least:
             raise UserError(
                 f"budget {self.budget} leaves {type(self).__name__} nothing to choose: "
-                f"it always keeps {needed} tokens; give --max_capacity_prompts more than {needed}"
+                f"it always keeps {least - 1} tokens; give --max_capacity_prompts more than {least - 1}"
+            )
+        for part in (self.allocator, self.merge):
+            require(
+                not (part and part.weighs_scores and self.signed_scores),
+                f"{part and part.name} weighs heads by their scores, and those of {type(self).__name__} may be below 0; "
+                "choose another or a setting of it that does not weigh them",
+            )
+        self._check_decode_settings(least)
+
+    def _check_decode_settings(self, least: int) -> None:
+        interval = self.decode_interval
+        if self.decode_budget is None:
+            require(
+                interval == self._usual_interval(),
+                f"--decode_interval {interval}: nothing is evicted while decoding without --decode_budget; give one",
+            )
+            return
+        require(isinstance(interval, Share) or interval >= 1, f"--decode_interval is {interval}; it is 1 step or more")
+        held = self.budget if self.decode_budget == "same" else self.decode_budget
+        if isinstance(held, int):
+            needed = least + (interval - 1 if isinstance(interval, int) else 0)
+            require(
+                held >= needed,
+                f"--decode_budget {held} leaves {type(self).__name__} nothing to choose while decoding; it takes {needed} "
+                f"or more where each eviction frees {interval} entries and {least - 1} are always kept",
             )
 
     @abstractmethod
     def score(self, layer: LayerContext) -> Tensor:
-        """Scores [stored heads or kv_heads, prompt tokens], float32, higher is kept; protected tokens' do not matter.
+        """Scores [stored heads or kv_heads, tokens], float32, higher is kept; protected tokens' do not matter.
 
-        Must not depend on `budget` or `allocator`: a sweep scores once for all of them.
+        Must not depend on `budget`, `allocator` or `merge`: a sweep scores once for all of them. While decoding it is
+        asked again, of a layer that holds what is still stored and the latest `recent_queries` queries.
         """
+
+    @property
+    def recent_queries(self) -> int:
+        """How many of the latest queries `score` looks at while decoding."""
+        return 0
 
     def protected(self) -> tuple[int, int]:
         """How many of the first and of the last tokens are always kept."""
         return 0, 0
 
-    def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
-        """The store of the kept positions, ascending: [stored heads, count], or a list where heads keep different numbers.
-
-        A method that acts while decoding returns a store of its own.
-        """
-        if isinstance(kept, Tensor):
-            return DenseStore(*layer.gather(kept), kept.int())
-        group = len(kept) // layer.kv_heads
-        return RaggedStore(
-            [layer.keys[head // group, index] for head, index in enumerate(kept)],
-            [layer.values[head // group, index] for head, index in enumerate(kept)],
-            [index.int() for index in kept],
-        )
+    def least_budget(self) -> int:
+        """The smallest budget that leaves something to choose; a share of a short prompt is raised to it."""
+        return sum(self.protected()) + 1
 
     def compress(self, layer: LayerContext) -> Store:
+        method = self.for_prompt(layer.num_tokens)
+        return method.store(layer, method.select(layer))
+
+    def for_prompt(self, tokens: int) -> Self:
+        """This method with its budget in entries."""
+        if isinstance(self.budget, int):
+            return self
+        return replace(self, budget=max(self.budget.of(tokens), self.least_budget()))
+
+    def select(self, layer: LayerContext) -> Tensor | list[Tensor]:
+        """The index of what to keep, ascending: [stored heads, count], or a list where heads keep different numbers."""
+        assert isinstance(self.budget, int)
         tokens = torch.arange(layer.num_tokens, device=layer.keys.device)
         if layer.num_tokens <= self.budget:
-            return self.store(layer, tokens.expand(self.stored_heads(layer), -1))
+            return tokens.expand(self.stored_heads(layer), -1)
         first, last = self.protected()
-        counts = self._counts(layer, first, last)
-        ranked = self._ranked(layer, first, last)
-        sinks, window = tokens[:first], tokens[layer.num_tokens - last :]
-        if len(set(counts)) == 1:
-            chosen = ranked[:, : counts[0]].sort(-1).values
-            return self.store(
-                layer, torch.cat([sinks.expand(len(ranked), -1), chosen, window.expand(len(ranked), -1)], 1)
-            )
-        heads = zip(ranked, counts, strict=True)
-        return self.store(layer, [torch.cat([sinks, head[:count].sort().values, window]) for head, count in heads])
-
-    def stored_heads(self, layer: LayerContext) -> int:
-        return layer.kv_heads if self.kv_cache_granularity == "kv_head" else layer.query_heads
-
-    def _counts(self, layer: LayerContext, first: int, last: int) -> list[int]:
-        return self.allocator.counts(
-            self._scores(layer)[:, first : layer.num_tokens - last],
+        stop = layer.num_tokens - last
+        counts = self.allocator.counts(
+            self.shared_scores(layer)[:, first:stop],
             budget=self.budget,
             protected=first + last,
             layer_index=layer.layer_index,
             num_layers=layer.num_layers,
         )
+        chosen = self.choose(layer, counts)
+        whole = [torch.cat([tokens[:first], head.sort().values, tokens[stop:]]) for head in chosen]
+        return torch.stack(whole) if len(set(counts)) == 1 else whole
 
-    def _scores(self, layer: LayerContext) -> Tensor:
-        return layer.shared(self._score_key(), lambda: spread(self.score(layer), self.stored_heads(layer)))
-
-    def _ranked(self, layer: LayerContext, first: int, last: int) -> Tensor:
-        """Competing tokens from best to worst, ties by position, [stored heads, competing tokens]."""
+    def choose(self, layer: LayerContext, counts: list[int]) -> list[Tensor]:
+        """The best tokens that are not protected, `counts` of them in each stored head, in any order."""
+        first, last = self.protected()
 
         def rank() -> Tensor:
-            competing = self._scores(layer)[:, first : layer.num_tokens - last]
+            competing = self.shared_scores(layer)[:, first : layer.num_tokens - last]
             return competing.argsort(dim=-1, descending=True, stable=True) + first
 
-        return layer.shared(("ranked", self._score_key(), first, last), rank)
+        ranked = layer.shared(("ranked", self._score_key(), first, last), rank)
+        return [head[:count] for head, count in zip(ranked, counts, strict=True)]
+
+    def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
+        """The store of what `select` chose."""
+        if isinstance(kept, list) and self.acts_while_decoding:
+            heads = layer.stored_heads(len(kept))
+            return HeadwiseStore([self.store(head, index[None]) for head, index in zip(heads, kept, strict=True)])
+        if isinstance(kept, list):
+            heads = layer.stored_heads(len(kept))
+            held = [self.gather(head, index[None]) for head, index in zip(heads, kept, strict=True)]
+            return RaggedStore([k[0] for k, _ in held], [v[0] for _, v in held], [index.int() for index in kept])
+        if self.acts_while_decoding:
+            return self.decoding_store(layer, kept)
+        return DenseStore(*self.gather(layer, kept), kept.int())
+
+    @property
+    def acts_while_decoding(self) -> bool:
+        """Whether stores are `decoding_store`'s."""
+        return self.decode_budget is not None
+
+    def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
+        """A store that goes on evicting while decoding; kept is [stored heads, count]."""
+        return BoundedStore(layer, kept, self)
+
+    def gather(self, layer: LayerContext, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [stored heads, count, head_dim] of the kept positions, with what others leave in them."""
+        if self.merge is None or kept.shape[1] == layer.num_tokens:
+            return layer.gather(kept)
+        heads = len(kept)
+        return self.merge.merge(spread(layer.keys, heads), spread(layer.values, heads), kept, self.shared_scores(layer))
+
+    def stored_heads(self, layer: LayerContext) -> int:
+        return layer.kv_heads if self.kv_cache_granularity == "kv_head" else layer.query_heads
+
+    def shared_scores(self, layer: LayerContext) -> Tensor:
+        """`score`, computed once for all methods of a sweep that share it: [stored heads, tokens], float32."""
+        return layer.shared(self._score_key(), lambda: spread(self.score(layer), self.stored_heads(layer)))
 
     def _score_key(self) -> tuple[Any, ...]:
-        values = (getattr(self, each.name) for each in fields(self) if each.name not in ("budget", "allocator"))
-        return type(self).score, *values
+        apart = ("budget", "allocator", "merge", "decode_budget", "decode_interval")
+        return type(self).score, *(getattr(self, each.name) for each in fields(self) if each.name not in apart)
+
+    def capacity(self, tokens: int, kept: int) -> int | None:
+        """Entries that a head may hold while decoding which kept so many of a prompt's tokens; None: any number."""
+        assert isinstance(self.budget, int)
+        if self.decode_budget is None:
+            return None
+        held = kept if tokens > self.budget else self.budget
+        if isinstance(self.decode_budget, int):
+            held = round(self.decode_budget * held / self.budget)
+        return max(held, self.least_budget())
+
+    def after_eviction(self, capacity: int) -> int:
+        """Entries that an eviction while decoding leaves to a head of this capacity."""
+        interval = self.decode_interval
+        freed = interval.of(capacity) if isinstance(interval, Share) else interval
+        return max(capacity - max(freed, 1) + 1, self.least_budget())
+
+    def down_to(self, budget: int) -> Self:
+        """The method as it chooses while decoding: so many entries in each head."""
+        usual = self._usual_interval()
+        return replace(self, budget=budget, allocator=Uniform(), decode_budget=None, decode_interval=usual)
+
+    @classmethod
+    def _usual_interval(cls) -> Any:
+        return next(each.default for each in fields(cls) if each.name == "decode_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +247,45 @@ class AttentionScoredMethod(EvictionMethod):
     def per_stored_head(self, layer: LayerContext, scores: Tensor) -> Tensor:
         """[query_heads, ...] -> [stored heads, ...], reduced over the query heads that share a KV head."""
         return reduce_groups(scores, self.stored_heads(layer), self.gqa_score_agg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingMethod(AttentionScoredMethod):
+    """A method that keeps a record of each entry, to which the attention of every query adds.
+
+    A record is one slice of a state [stored heads, tokens, ...], of any type and shape beyond the tokens. Entries that are
+    evicted take theirs with them; those of new tokens start as zeros.
+    """
+
+    @abstractmethod
+    def track_prompt(self, layer: LayerContext) -> Tensor:
+        """The state after the prompt."""
+
+    @abstractmethod
+    def track_step(self, state: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        """The state after another step, whose new tokens are in it already.
+
+        Weights are [stored heads, group, new tokens, tokens], float32, positions [heads or 1, tokens].
+        """
+
+    @abstractmethod
+    def value(self, state: Tensor, positions: Tensor) -> Tensor:
+        """Scores of a state, [stored heads, tokens], float32."""
+
+    def score(self, layer: LayerContext) -> Tensor:
+        return self.value(self.tracked(layer), layer.positions)
+
+    def tracked(self, layer: LayerContext) -> Tensor:
+        """`track_prompt`, computed once for scores and stores."""
+        return layer.shared(self.state_key(), lambda: self.track_prompt(layer))
+
+    def state_key(self) -> tuple[Any, ...]:
+        """What a layer knows the state by."""
+        return "tracked", *self._score_key()
+
+    def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
+        return TrackingStore(layer, kept, self)
+
+    def grouped(self, layer: LayerContext, attention: Tensor) -> Tensor:
+        """[query_heads, ...] -> [stored heads, group, ...]."""
+        return attention.unflatten(0, (self.stored_heads(layer), -1))

@@ -6,9 +6,11 @@ Built-in methods come through the same door as anybody's: entry points of the gr
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib import metadata
@@ -19,9 +21,11 @@ import pluggy
 
 from . import hookspecs
 from .attention import BUILT_IN_FAMILIES, Family
-from .budget import BudgetAllocator, HeadAdaptive, Pyramid, Uniform
+from .budget import HeadAdaptive, Pyramid, Share, Uniform
+from .budget_tables import HeadTable, LayerTable
 from .errors import UserError, unknown
 from .method import Method
+from .parts import Part
 
 GROUP = "kvfactory"
 
@@ -42,10 +46,11 @@ class Plugin:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A registered method: what it does in attention, and how its budget is split unless the user says otherwise."""
+    """A registered method: what it does in attention, and what it is composed with unless the user says otherwise."""
 
     attention: type[Method]
-    allocator: str
+    parts: dict[str, str]
+    """The parts it is composed with, by the field that holds them: `{"allocator": "uniform"}`."""
     plugin: Plugin
 
 
@@ -63,7 +68,8 @@ class Registry:
 
     def __init__(self) -> None:
         self.methods: dict[str, MethodEntry] = {}
-        self.allocators: dict[str, type[BudgetAllocator]] = {}
+        self.parts: dict[str, dict[str, type[Any]]] = {"allocator": {}, "merge": {}}
+        """Parts by name, on a shelf for each field of a method that may hold them."""
         self.families: dict[str, Family] = {}
         self.plugins: list[Plugin] = []
         self._owners: dict[tuple[str, str], Plugin] = {}
@@ -104,7 +110,8 @@ class Registry:
         self.plugins.append(plugin)
         doors: dict[str, Callable[..., None]] = {
             "kvfactory_register_methods": self._register_method,
-            "kvfactory_register_allocators": self._register_allocator,
+            "kvfactory_register_allocators": partial(self._register_part, "allocator"),
+            "kvfactory_register_merges": partial(self._register_part, "merge"),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
         }
         for hook, register in doors.items():
@@ -133,16 +140,23 @@ class Registry:
         self.add(module, Plugin(path.stem, str(path), ""))
 
     def _register_method(
-        self, plugin: Plugin, name: str, *, attention: type[Method], allocator: str = "uniform"
+        self,
+        plugin: Plugin,
+        name: str,
+        *,
+        attention: type[Method],
+        allocator: str = "uniform",
+        merge: str | None = None,
     ) -> None:
-        self._register("method", self.methods, plugin, name, MethodEntry(attention, allocator, plugin))
+        parts = {"allocator": allocator} | ({"merge": merge} if merge else {})
+        self._register("method", self.methods, plugin, name, MethodEntry(attention, parts, plugin))
 
-    def _register_allocator(self, plugin: Plugin, name: str, allocator: type[BudgetAllocator]) -> None:
-        other = vars(allocator).get("name", name)
+    def _register_part(self, kind: str, plugin: Plugin, name: str, part: type[Part]) -> None:
+        other = vars(part).get("name", name)
         if other != name:
-            raise UserError(f"allocator '{name}' of {plugin} is the class of '{other}'; derive a class of its own")
-        self._register("allocator", self.allocators, plugin, name, allocator)
-        allocator.name = name
+            raise UserError(f"{kind} '{name}' of {plugin} is the class of '{other}'; derive a class of its own")
+        self._register(kind, self.parts[kind], plugin, name, part)
+        part.name = name
 
     def _register(self, kind: str, shelf: dict[str, Any], plugin: Plugin, name: str, thing: Any) -> None:
         if name != name.lower():
@@ -166,41 +180,55 @@ class Registry:
                 raise UserError(f"method '{name}': plugin {plugin.name} of {plugin} fails to import: {plugin.error}")
         raise unknown("method", name, self.methods)
 
-    def allocator(self, name: str) -> type[BudgetAllocator]:
-        if name not in self.allocators:
-            raise unknown("allocator", name, self.allocators)
-        return self.allocators[name]
+    def part(self, kind: str, name: str) -> type[Part]:
+        if name not in self.parts[kind]:
+            raise unknown(kind, name, self.parts[kind])
+        return self.parts[kind][name]
 
     def has_budget(self, name: str) -> bool:
         """Whether a method evicts down to a budget, or keeps everything."""
         return "budget" in settings_of(self.method_entry(name).attention)
 
     def own_settings(self, name: str) -> dict[str, Setting]:
-        """The settings of a method itself; its budget and those of its allocator are not among them."""
+        """The settings of a method itself; its budget and those of its parts are not among them."""
         own = settings_of(self.method_entry(name).attention)
-        return {each: setting for each, setting in own.items() if each not in ("budget", "allocator")}
+        return {each: setting for each, setting in own.items() if each != "budget" and each not in self.parts}
 
-    def settings(self, name: str, allocator: str | None = None) -> dict[str, Setting]:
-        """The settings of a method and of the allocator it is used with.
+    def parts_of(self, name: str, chosen: Mapping[str, str | None] | None = None) -> dict[str, str]:
+        """What a method is composed with, by field, where a user chose some of it and left the rest to the method.
 
-        Raises `UserError` if the two have a name in common, which would leave it open whose setting is meant.
+        Raises `UserError` for a part that the method cannot have.
         """
-        own = self.own_settings(name)
-        if not self.has_budget(name):
-            return own
-        chosen = allocator or self.method_entry(name).allocator
-        shared = settings_of(self.allocator(chosen))
-        if common := own.keys() & shared.keys():
-            raise UserError(f"method '{name}' and allocator '{chosen}' both have a setting {', '.join(sorted(common))}")
-        return own | shared
+        entry = self.method_entry(name)
+        fields_of_parts = settings_of(entry.attention).keys() & self.parts.keys()
+        given = {kind: part for kind, part in (chosen or {}).items() if part is not None}
+        for kind, part in given.items():
+            if kind not in fields_of_parts:
+                raise UserError(f"method '{name}' evicts nothing and takes no --{kind} {part}; leave --{kind} out")
+        both = {kind: part for kind, part in entry.parts.items() if kind in fields_of_parts} | given
+        return {kind: part for kind, part in both.items() if part != "none"}
 
-    def load_method(
-        self, name: str, budget: int | str | None = None, allocator: str | None = None, **settings: Any
-    ) -> Method:
-        """A method by name, with its settings; values may be strings, as flags are.
+    def settings(self, name: str, parts: Mapping[str, str | None] | None = None) -> dict[str, Setting]:
+        """The settings of a method and of the parts it is used with.
 
-        Raises `UserError` for unknown names and settings, values of the wrong kind, and a budget that is missing. Methods
-        that keep everything have no budget and leave one unused.
+        Raises `UserError` if two of them have a name in common, which would leave it open whose setting is meant.
+        """
+        known = self.own_settings(name)
+        for kind, part in self.parts_of(name, parts).items():
+            more = settings_of(self.part(kind, part))
+            if common := known.keys() & more.keys():
+                names = ", ".join(sorted(common))
+                raise UserError(
+                    f"method '{name}' and {kind} '{part}' both have a setting {names}; choose another {kind}"
+                )
+            known |= more
+        return known
+
+    def load_method(self, name: str, budget: int | str | Share | None = None, **settings: Any) -> Method:
+        """A method by name, with its settings; values may be strings, as flags are. Parts are chosen by name.
+
+        Raises `UserError` for unknown names and settings, values of the wrong kind, parts that do not go with the method,
+        and a budget that is missing. Methods that keep everything have no budget and leave one unused.
         """
         entry = self.method_entry(name)
         own = settings_of(entry.attention)
@@ -208,7 +236,8 @@ class Registry:
             if alias in settings and meant in settings:
                 raise UserError(f"{alias} and {meant} are one setting of {name}; give one of them")
         settings = {entry.attention.aliases.get(each, each): value for each, value in settings.items()}
-        known = self.settings(name, allocator)
+        chosen = {kind: settings.pop(kind) for kind in self.parts if kind in settings}
+        known = self.settings(name, chosen)
         for each in settings:
             if each not in known:
                 raise unknown(f"setting of {name}:", each, known)
@@ -217,12 +246,9 @@ class Registry:
             if budget is None:
                 raise UserError(f"method '{name}' needs a budget; give --max_capacity_prompts")
             values["budget"] = convert("max_capacity_prompts", budget, own["budget"].type)
-        if "allocator" in own:
-            chosen = self.allocator(allocator or entry.allocator)
-            shares = {each: values.pop(each) for each in settings_of(chosen) if each in values}
-            values["allocator"] = chosen(**shares)
-        elif allocator is not None:
-            raise UserError(f"method '{name}' has no budget to split; leave --allocator out")
+        for kind, part in self.parts_of(name, chosen).items():
+            cls = self.part(kind, part)
+            values[kind] = cls(**{each: values.pop(each) for each in settings_of(cls) if each in values})
         return entry.attention(**values)
 
 
@@ -234,6 +260,8 @@ class BuiltIn:
         register("uniform", Uniform)
         register("pyramid", Pyramid)
         register("head-adaptive", HeadAdaptive)
+        register("head-table", HeadTable)
+        register("layer-table", LayerTable)
 
     @hookspecs.hookimpl
     def kvfactory_register_families(self, register: hookspecs.RegisterFamily) -> None:
@@ -259,22 +287,43 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 
     Raises `UserError` naming the flag and what would be right.
     """
-    if get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in get_args(kind)}
-        if str(value) not in choices:
-            raise unknown(f"--{name}", str(value), choices)
-        return choices[str(value)]
-    if get_origin(kind) in (Union, types.UnionType):
-        if value is None or value == "none":
-            return None
-        kind = next(each for each in get_args(kind) if each is not type(None))
-    if kind not in _READERS:
-        return value
-    reader, wanted = _READERS[kind]
-    try:
-        return reader(value)
-    except (TypeError, ValueError, KeyError):
-        raise UserError(f"--{name} is '{value}'; it takes {wanted}") from None
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if type(None) in options and (value is None or value == "none"):
+        return None
+    if get_origin(kind) is Literal and str(value) not in map(str, get_args(kind)):
+        raise unknown(f"--{name}", str(value), map(str, get_args(kind)))
+    for option in options:
+        reader = _reader(option)
+        if reader is None:
+            return value
+        with suppress(TypeError, ValueError, KeyError):
+            return reader(value)
+    wanted = " or ".join(_wanted(option) for option in options if option is not type(None))
+    raise UserError(f"--{name} is '{value}'; it takes {wanted}")
+
+
+def _reader(option: Any) -> Callable[[Any], Any] | None:
+    if get_origin(option) is Literal:
+        choices = {str(choice): choice for choice in get_args(option)}
+        return lambda value: choices[str(value)]
+    if get_origin(option) is tuple:
+        item = _READERS[get_args(option)[0]][0]
+        return lambda value: tuple(item(each) for each in _items(value))
+    return _READERS[option][0] if option in _READERS else None
+
+
+def _wanted(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(map(str, get_args(option)))
+    if get_origin(option) is tuple:
+        return f"a list, each {_READERS[get_args(option)[0]][1]}, such as 0+1, or an empty one"
+    return _READERS[option][1]
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return (
+        re.split(r"[+,\s]+", value.strip("[]() ")) if isinstance(value, str) and value.strip("[]() ") else value or ()
+    )
 
 
 def _read_int(value: Any) -> int:
@@ -292,6 +341,7 @@ _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     float: (float, "a number"),
     bool: (_read_bool, "true or false"),
     str: (str, "text"),
+    Share: (Share.read, "a percentage such as 10%"),
 }
 
 
@@ -301,7 +351,7 @@ def get_registry() -> Registry:
     return Registry.load()
 
 
-def load_method(name: str, budget: int | str | None = None, **settings: Any) -> Method:
+def load_method(name: str, budget: int | str | Share | None = None, **settings: Any) -> Method:
     """A registered method, ready to use: `load_method("name", budget=128, window_size=16, allocator="uniform")`.
 
     Raises `UserError`; see `Registry.load_method`.

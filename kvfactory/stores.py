@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
 class Store(ABC):
     """What one layer of one sequence keeps; the place of all state that outlives a call."""
 
-    observes: ClassVar[bool] = False
+    observes: bool = False
     """True: `observe` is given the attention weights of every step."""
 
     @abstractmethod
@@ -55,8 +55,12 @@ class Store(ABC):
     def read(self, query: Tensor) -> Reading:
         """The entries that query [query_heads, tokens, head_dim] may attend to; the tokens just appended come last."""
 
-    def observe(self, weights: Tensor | list[Tensor]) -> None:
-        """Attention weights [query_heads, tokens, length] over what `read` just gave, float32."""
+    def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+        """The step's attention is done: the place to evict.
+
+        Weights are [query_heads, tokens, length] over what `read` just gave, float32, one tensor a head where that was a
+        list; None unless `observes`.
+        """
 
     @abstractmethod
     def positions(self) -> list[Tensor]:
@@ -101,10 +105,13 @@ def consecutive(first: int, count: int, device: torch.device) -> Tensor:
 class DenseStore(Store):
     """The same number of entries in every head."""
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor | None = None) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, positions: Tensor | None = None, *, limit: int | None = None
+    ) -> None:
         """Keys and values [heads, length, head_dim]; positions [heads or 1, length], int32, ascending.
 
-        Without positions the entries are all tokens from the first on, and nothing is spent on saying so.
+        Without positions the entries are all tokens from the first on, and nothing is spent on saying so. A store that
+        evicts gives the `limit` of entries it holds between evictions: no room is made beyond it.
         """
         self._keys, self._values = keys, values
         self._length = keys.shape[1]
@@ -112,12 +119,13 @@ class DenseStore(Store):
         self._listed = keys.new_empty(1, 0, dtype=torch.int32) if positions is None else positions
         self._run_start = 0
         self._shared = True  # the tensors may be somebody else's too: copy before the first write
+        self._limit = limit
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         start, tokens = self._length, keys.shape[1]
         self._run_on(position)
         if self._shared or start + tokens > self._keys.shape[1]:
-            self._grow(start + tokens + room_for(start + tokens))
+            self._grow(start + tokens)
         heads = self._keys.shape[0]
         self._keys.narrow(1, start, tokens).copy_(spread(keys, heads))
         self._values.narrow(1, start, tokens).copy_(spread(values, heads))
@@ -131,7 +139,9 @@ class DenseStore(Store):
         if not run:
             self._run_start = position
 
-    def _grow(self, capacity: int) -> None:
+    def _grow(self, needed: int) -> None:
+        capacity = needed + room_for(needed) if self._limit is None else max(needed, self._limit)
+
         def grown(old: Tensor) -> Tensor:
             new = old.new_empty(old.shape[0], capacity, old.shape[2])
             new[:, : self._length] = old[:, : self._length]
@@ -147,10 +157,17 @@ class DenseStore(Store):
     def keep(self, index: Tensor) -> None:
         """Evict all entries but index [heads, count], which is ascending in each head."""
         wide = index[..., None].expand(-1, -1, self._keys.shape[-1])
+        self.hold(index, self._keys.gather(1, wide), self._values.gather(1, wide))
+
+    def hold(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Evict as `keep` does, where the kept entries are new tensors already, [heads, count, head_dim] each."""
         self._listed = self._all_positions().expand(len(index), -1).gather(1, index).int()
-        self._keys, self._values = self._keys.gather(1, wide), self._values.gather(1, wide)
         self._length = index.shape[1]
-        self._shared = False
+        if self._shared or self._keys.shape[1] != self._limit:
+            self._keys, self._values, self._shared = keys, values, False
+        else:  # the buffer has the size it needs
+            self._keys[:, : self._length] = keys
+            self._values[:, : self._length] = values
 
     def _all_positions(self) -> Tensor:
         """[heads or 1, length], int64."""
@@ -244,3 +261,48 @@ class RaggedStore(Store):
     def fork(self) -> Self:
         self._shared = True
         return copy(self)
+
+
+class HeadwiseStore(Store):
+    """A store of its own for each head, so that heads of one layer may act differently while decoding."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        """One store a stored head, with that head alone in it."""
+        self._stores = list(stores)
+        self.observes = any(store.observes for store in stores)
+
+    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
+        heads = len(self._stores)
+        parts = zip(spread(keys, heads).split(1), spread(values, heads).split(1), strict=True)
+        for store, (key, value) in zip(self._stores, parts, strict=True):
+            store.append(key, value, position)
+
+    def read(self, query: Tensor) -> Reading:
+        queries = query.split(len(query) // len(self._stores))
+        readings = [store.read(part) for store, part in zip(self._stores, queries, strict=True)]
+        keys, values = [reading.keys[0] for reading in readings], [reading.values[0] for reading in readings]
+        return Reading(keys, values, lambda: [reading.positions()[0] for reading in readings])
+
+    def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+        for head, store in enumerate(self._stores):
+            store.observe(weights[head] if weights is not None and store.observes else None)
+
+    def positions(self) -> list[Tensor]:
+        return [store.positions()[0] for store in self._stores]
+
+    def keys(self) -> list[Tensor]:
+        return [store.keys()[0] for store in self._stores]
+
+    def values(self) -> list[Tensor]:
+        return [store.values()[0] for store in self._stores]
+
+    def lengths(self) -> list[int]:
+        return [store.lengths()[0] for store in self._stores]
+
+    def nbytes(self) -> int:
+        return sum(store.nbytes() for store in self._stores)
+
+    def fork(self) -> Self:
+        twin = copy(self)
+        twin._stores = [store.fork() for store in self._stores]
+        return twin

@@ -13,11 +13,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import Benchmark, Example
+from .budget import Share
 from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
 from .errors import UserError
 from .method import Method
-from .registry import Registry
+from .registry import Registry, settings_of
 from .results import Row, RunFolder
 
 
@@ -27,39 +28,48 @@ class Job:
 
     label: str
     """The method's name and the settings given with it: `h2o:recent_size=32`."""
-    budget: int | None
-    """None for a method that keeps everything."""
+    budget: int | str | None
+    """Entries, or a share of the prompt such as `10%`; None for a method that keeps everything."""
     method: Method
 
 
 def make_jobs(
     registry: Registry,
     specs: Sequence[str],
-    budgets: Sequence[int],
-    allocator: str | None = None,
+    budgets: Sequence[int | Share],
+    parts: Mapping[str, str | None] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Job]:
     """Every method at every budget. A spec is a name, and settings of its own behind colons: `snapkv:window_size=16`.
 
-    `allocator` and `settings` go to each method that has them. Raises `UserError` for what no method here has.
+    `parts` (an allocator, a merge) and `settings` go to each method that has them. Raises `UserError` for what no method
+    here has.
     """
     settings = settings or {}
+    wanted = {kind: part for kind, part in (parts or {}).items() if part is not None}
     parsed = {spec: _parse(spec) for spec in dict.fromkeys(specs)}
-    known = {spec: registry.settings(name, own.get("allocator", allocator)) for spec, (name, own) in parsed.items()}
+    fitting = {name: wanted if registry.has_budget(name) else {} for name, _ in parsed.values()}
+    known = {
+        spec: registry.settings(name, fitting[name] | _parts(registry, own)) for spec, (name, own) in parsed.items()
+    }
     for setting in settings:
         if not any(setting in each for each in known.values()):
             raise UserError(f"--{setting} is not a setting of {', '.join(parsed)}; {_owners(registry, setting)}")
-    if allocator and not any(registry.has_budget(name) for name, _ in parsed.values()):
-        raise UserError(f"--allocator {allocator}: none of {', '.join(parsed)} has a budget to split; leave it out")
-    jobs: dict[tuple[str, int | None], Job] = {}
+    if wanted and not any(fitting.values()):
+        kind, part = next(iter(wanted.items()))
+        raise UserError(f"--{kind} {part}: none of {', '.join(parsed)} evicts anything; leave it out")
+    jobs: dict[tuple[str, str | None], Job] = {}
     for (spec, (name, own)), budget in product(parsed.items(), budgets):
         has_budget = registry.has_budget(name)
         given = {each: value for each, value in settings.items() if each in known[spec]}
-        given |= {"allocator": allocator} if has_budget and allocator else {}
-        method = registry.load_method(name, budget if has_budget else None, **(given | own))
-        job = Job(spec.lower(), budget if has_budget else None, method)
-        jobs.setdefault((job.label, job.budget), job)
+        method = registry.load_method(name, budget if has_budget else None, **(given | fitting[name] | own))
+        named = (str(budget) if isinstance(budget, Share) else budget) if has_budget else None
+        jobs.setdefault((spec.lower(), None if named is None else str(named)), Job(spec.lower(), named, method))
     return list(jobs.values())
+
+
+def _parts(registry: Registry, own: Mapping[str, str]) -> dict[str, str]:
+    return {kind: own[kind] for kind in registry.parts if kind in own}
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -71,7 +81,13 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def _owners(registry: Registry, setting: str) -> str:
-    owners = [name for name in registry.methods if setting in registry.settings(name)]
+    owners = [name for name in registry.methods if setting in registry.own_settings(name)]
+    owners += [
+        f"--{kind} {name}"
+        for kind, shelf in registry.parts.items()
+        for name in shelf
+        if setting in settings_of(shelf[name])
+    ]
     return f"it is one of {', '.join(owners)}" if owners else "no method has it"
 
 
@@ -134,7 +150,7 @@ class Sweep:
 
     def warm_up(self) -> None:
         """Run every method once on a short prompt, so that first calls are not in anybody's time."""
-        prompt = [1] * 2 * max((job.budget or 0 for job in self.jobs), default=0)
+        prompt = [1] * 2 * max((job.budget for job in self.jobs if isinstance(job.budget, int)), default=128)
         self.engine.decode(self.engine.prefill(prompt[:256] or [1], [job.method for job in self.jobs]), 2)
 
     def run(self, on_row: Callable[[Row], None] = lambda row: None) -> None:

@@ -12,7 +12,7 @@ after; that is one and the same for avgpool with mean, and for the rest `pool_or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -24,6 +24,8 @@ from kvfactory.hookspecs import RegisterMethod
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(AttentionScoredMethod):
     """Keeps the tokens that the last `window_size` queries attend to most."""
+
+    reads: ClassVar[str] = "the window's queries"
 
     window_size: int = 8
     """Observation window: the last queries, which score the prompt and are always kept."""
@@ -42,6 +44,10 @@ class SnapKV(AttentionScoredMethod):
             f"--kernel_size is {self.kernel_size}; pooling keeps the length of its input only with an odd size of 1 or more",
         )
         super().__post_init__()
+
+    @property
+    def recent_queries(self) -> int:
+        return self.window_size
 
     def protected(self) -> tuple[int, int]:
         return 0, self.window_size

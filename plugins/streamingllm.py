@@ -1,7 +1,7 @@
 """StreamingLLM: keep the first tokens, on which attention rests when it has nothing to say, and the last (arXiv 2309.17453).
 
 References differ: KVCache-Factory keeps keys at their true positions and evicts nothing after the prompt, which is the
-default here. The authors hold the cache at its size while decoding (`evict_while_decoding`) and count positions inside
+default here. The authors hold the cache at its size while decoding (`decode_budget=same`) and count positions inside
 the cache (`cache_positions`), so that no distance exceeds its size. Attention only sees distances, so re-counting is the
 same as moving the sinks up against the recent tokens; each read rotates the sinks from their true position, and no error
 builds up. The authors also run the prompt itself through the small cache; here the prompt's attention is whole.
@@ -9,13 +9,13 @@ builds up. The authors also run the prompt itself through the small cache; here 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, Reading, Store, hookimpl, require
+from kvfactory import EvictionMethod, LayerContext, Reading, SlidingStore, Store, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
 
 
@@ -29,8 +29,6 @@ class StreamingLLM(EvictionMethod):
     """First tokens, always kept."""
     recent_size: int | None = None
     """Recent tokens kept; what the sinks leave of the budget if not given, and never anything else."""
-    evict_while_decoding: bool = False
-    """Hold the budget while decoding: the oldest token that is no sink makes room for a new one."""
     cache_positions: bool = False
     """Count positions inside the cache, in place of true ones."""
 
@@ -47,59 +45,33 @@ class StreamingLLM(EvictionMethod):
         return self.sink_size, 0
 
     def score(self, layer: LayerContext) -> Tensor:
-        recency = torch.arange(layer.num_tokens, dtype=torch.float32, device=layer.keys.device)
-        return recency.expand(self.stored_heads(layer), -1)
+        return layer.positions.float().expand(self.stored_heads(layer), -1)
 
-    def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
-        if not (self.evict_while_decoding or self.cache_positions):
-            return super().store(layer, kept)
-        require(
-            isinstance(kept, Tensor),
-            "--evict_while_decoding and --cache_positions take one budget for all heads of a layer; "
-            "choose an allocator that gives them one",
-        )
-        require(
-            layer.inverse_frequencies is not None or not self.cache_positions,
-            "--cache_positions re-rotates keys and needs to know the model's rotary frequencies; this layer has none",
-        )
-        assert isinstance(kept, Tensor)
-        capacity = kept.shape[1] if layer.num_tokens > self.budget else self.budget
-        return StreamingStore(*layer.gather(kept), kept.int(), capacity, self, layer.inverse_frequencies)
+    def down_to(self, budget: int) -> Self:
+        return super(StreamingLLM, replace(self, recent_size=None)).down_to(budget)
+
+    @property
+    def acts_while_decoding(self) -> bool:
+        return self.cache_positions or super().acts_while_decoding
+
+    def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
+        return CachePositionsStore(layer, kept, self) if self.cache_positions else SlidingStore(layer, kept, self)
 
 
-class StreamingStore(DenseStore):
-    """Sinks and a window that slides while decoding; on request, positions without the gap between the two."""
+class CachePositionsStore(SlidingStore):
+    """Sinks and a window that slides, at positions without the gap between the two."""
 
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        capacity: int,
-        method: StreamingLLM,
-        inverse_frequencies: Tensor | None,
-    ) -> None:
-        super().__init__(keys, values, positions)
-        self._capacity = capacity if method.evict_while_decoding else None
+    def __init__(self, layer: LayerContext, kept: Tensor, method: StreamingLLM) -> None:
+        super().__init__(layer, kept, method)
         self._sinks = method.sink_size
-        self._inverse_frequencies = inverse_frequencies if method.cache_positions else None
-
-    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        evicted = 0 if self._capacity is None else self._length + keys.shape[1] - self._capacity
-        if evicted > 0:
-            index = torch.arange(self._length, device=keys.device)
-            index = torch.cat([index[: self._sinks], index[self._sinks + evicted :]])
-            self.keep(index.expand(self._keys.shape[0], -1))
-        super().append(keys, values, position)
+        self._frequencies = layer.rotary_frequencies().float()
 
     def read(self, query: Tensor) -> Reading:
         reading = super().read(query)
-        if self._inverse_frequencies is None:
-            return reading
         assert isinstance(reading.keys, Tensor)
         gap = self._all_positions()[0, -1] + 1 - self._length
         sinks, recent = reading.keys[:, : self._sinks], reading.keys[:, self._sinks :]
-        keys = torch.cat([rotate(sinks, gap, self._inverse_frequencies), recent], 1)
+        keys = torch.cat([rotate(sinks, gap, self._frequencies), recent], 1)
         return reading._replace(keys=keys)
 
 

@@ -18,7 +18,7 @@ def methods_command(registry: Registry) -> click.Command:
     def show() -> None:
         console = Console()
         for name, entry in sorted(registry.methods.items()):
-            split = f", {entry.allocator} budgets" if registry.has_budget(name) else ""
+            split = "".join(f", {kind} {part}" for kind, part in registry.parts_of(name).items())
             console.print(Text.assemble((name, "bold"), f"  {entry.plugin}{split}"))
             settings = "  ".join(f"{each.name}={each.default}" for each in registry.settings(name).values())
             if settings:

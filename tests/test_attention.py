@@ -183,7 +183,7 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
 
 def test_beams_of_a_batch_that_evicts_are_those_of_each_row_alone() -> None:
     model, (ids, mask) = tiny_model(), tiny_prompts(40, 27)
-    method = load_method("h2o", budget=16, evict_while_decoding=True)
+    method = load_method("h2o", budget=16, decode_budget="same")
 
     def beams(ids: Tensor, mask: Tensor) -> Tensor:
         settings = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}

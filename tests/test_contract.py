@@ -24,14 +24,14 @@ class TestStreamingLLMWhileDecoding(MethodContract):
     decode_budget = 16
 
     def make(self, budget: int) -> Method:
-        return load_method("streamingllm", budget=budget, evict_while_decoding=True)
+        return load_method("streamingllm", budget=budget, decode_budget="same")
 
 
 class TestStreamingLLMCachePositions(MethodContract):
     decode_budget = 16
 
     def make(self, budget: int) -> Method:
-        return load_method("streamingllm", budget=budget, evict_while_decoding=True, cache_positions=True)
+        return load_method("streamingllm", budget=budget, decode_budget="same", cache_positions=True)
 
 
 class TestH2O(MethodContract):
@@ -43,7 +43,7 @@ class TestH2OWhileDecoding(MethodContract):
     decode_budget = 16
 
     def make(self, budget: int) -> Method:
-        return load_method("h2o", budget=budget, evict_while_decoding=True)
+        return load_method("h2o", budget=budget, decode_budget="same")
 
 
 class TestH2OQueryHeadsNormalized(MethodContract):
@@ -53,7 +53,7 @@ class TestH2OQueryHeadsNormalized(MethodContract):
         return load_method(
             "h2o",
             budget=budget,
-            evict_while_decoding=True,
+            decode_budget="same",
             kv_cache_granularity="query_head",
             average_over_queries=True,
         )

@@ -34,8 +34,8 @@ from kvfactory.testing import TINY_CONFIGS, compress_layer, generate, tiny_model
 FAMILIES = sorted(TINY_CONFIGS)
 BUILT_IN = [name for name, entry in sorted(get_registry().methods.items()) if entry.plugin.distribution == "kvfactory"]
 WHILE_DECODING: dict[str, dict[str, Any]] = {
-    "h2o": {"evict_while_decoding": True},
-    "streamingllm": {"evict_while_decoding": True, "cache_positions": True},
+    "h2o": {"decode_budget": "same"},
+    "streamingllm": {"decode_budget": "same", "cache_positions": True},
     "adakv": {"kv_cache_granularity": "query_head"},
 }
 

@@ -87,7 +87,9 @@ def test_snapkv_as_kvpress_scores(shared: Path) -> None:
 def test_pyramidkv(shared: Path, case: str) -> None:
     golden = Golden(shared, f"pyramidkv__kvf_{case}")
     settings = golden.settings(*SNAPKV, "beta")
-    method = load_method("pyramidkv", budget=golden.params["max_capacity_prompt"], **settings)
+    method = load_method(
+        "pyramidkv", budget=golden.params["max_capacity_prompt"], pyramid_schedule="kvcache-factory", **settings
+    )
     layers = golden.params["num_layers"]
     for layer in range(layers):
         store = compress_layer(method, *golden.qkv(), layer_index=layer, num_layers=layers)
@@ -110,7 +112,10 @@ def test_pyramid_schedule_of_kvcache_factory(shared: Path) -> None:
         if tokens <= budget:
             assert expected == [tokens] * layers
         else:
-            assert kept_by(Pyramid(beta=beta), tokens, budget, window, layers) == expected
+            assert (
+                kept_by(Pyramid(beta=beta, pyramid_schedule="kvcache-factory"), tokens, budget, window, layers)
+                == expected
+            )
 
 
 def test_pyramid_schedule_of_adakv(shared: Path) -> None:
@@ -151,7 +156,7 @@ def test_h2o_at_the_end_of_the_prompt(shared: Path, case: str) -> None:
 def test_h2o_real_drop_through_the_prompt_and_each_step(shared: Path) -> None:
     golden = Golden(shared, "h2o__official_real_drop_prefill_decode")
     heavy, recent, prompt = (golden.params[name] for name in ("hh_size", "recent_size", "prompt_len"))
-    method = load_method("h2o", budget=heavy + recent, recent_size=recent, evict_while_decoding=True)
+    method = load_method("h2o", budget=heavy + recent, recent_size=recent, decode_budget="same")
     q, k, v = golden.qkv()
     store = compress_layer(method, q[:, :prompt], k[:, :prompt], v[:, :prompt])
     for step in range(golden.params["decode_steps"] + 1):
@@ -202,7 +207,7 @@ def test_streamingllm(shared: Path) -> None:
 def streaming_store(golden: Golden, tokens: int) -> Any:
     start, recent = golden.params["start_size"], golden.params["recent_size"]
     method = load_method(
-        "streamingllm", budget=start + recent, sink_size=start, recent_size=recent, evict_while_decoding=True
+        "streamingllm", budget=start + recent, sink_size=start, recent_size=recent, decode_budget="same"
     )
     return compress_layer(method, *[torch.randn(1, tokens, 8) for _ in range(3)])
 
@@ -254,7 +259,7 @@ def test_streamingllm_sink_cache(shared: Path) -> None:
     k_pre, values = golden["in_k_pre"][0], golden["in_v"][0]
     tokens = k_pre.shape[1]
     keys = rotate(k_pre, torch.arange(tokens))
-    method = load_method("streamingllm", budget=size, sink_size=sinks, evict_while_decoding=True, cache_positions=True)
+    method = load_method("streamingllm", budget=size, sink_size=sinks, decode_budget="same", cache_positions=True)
     frequencies = inverse_frequencies(golden.params["rope_theta"], k_pre.shape[-1])
     chunk = (keys[:, :first], keys[:, :first], values[:, :first])
     store = compress_layer(method, *chunk, inverse_frequencies=frequencies)
@@ -347,7 +352,7 @@ def test_end_to_end_on_the_embedded_model(shared: Path, embedded: Any) -> None:
         "fullkv": {},
         "h2o": {"recent_size": 8},
         "streamingllm": {"sink_size": 4},
-        "pyramidkv": {**shape, "beta": 20},
+        "pyramidkv": {**shape, "beta": 20, "pyramid_schedule": "kvcache-factory"},
     }
     methods = [load_method(name, budget=64, **own.get(name, shape), **extra) for name, extra in END_TO_END.values()]
     sequences = Engine(embedded).prefill(golden["in_input_ids"], methods)

@@ -21,7 +21,9 @@ from kvfactory.testing import compress_layer
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(get_registry().methods)
-ALLOCATORS = sorted(get_registry().allocators)
+WITHOUT_A_TABLE = {"layer-table"}
+"""Parts that cannot be used with their defaults alone."""
+PARTS = [(kind, part) for kind, shelf in get_registry().parts.items() for part in sorted({*shelf} - WITHOUT_A_TABLE)]
 
 
 class Whole(Method):
@@ -347,13 +349,11 @@ def test_an_allocator_brings_its_settings() -> None:
     assert method.settings()["beta"] == 4.0 and method.settings()["window_size"] == 5
 
 
-@pytest.mark.parametrize("allocator", [None, *ALLOCATORS])
+@pytest.mark.parametrize(("kind", "part"), [("allocator", None), *PARTS])
 @pytest.mark.parametrize("name", METHODS)
-def test_settings_load_the_same_method_again(name: str, allocator: str | None) -> None:
+def test_settings_load_the_same_method_again(name: str, kind: str, part: str | None) -> None:
     registry = get_registry()
-    if "budget" not in load_method(name, budget=32).settings():
-        allocator = None
-    given = {"allocator": allocator} if allocator else {}
+    given = {kind: part} if part and registry.has_budget(name) else {}
     method = load_method(name, budget=32, **given)
     assert registry.load_method(name, **method.settings()) == method
     flags = {each: "none" if value is None else str(value) for each, value in method.settings().items()}
@@ -402,12 +402,11 @@ def behaviour(method: Method) -> list[Any]:
             store.append(query[:4], query[4:], 70 + step)
             reading = store.read(query)
             seen += [flat(reading.keys), flat(reading.values), store.nbytes()]
-            if store.observes:
-                weights = [
-                    torch.rand(len(part), 1, len(keys[0]), generator=generator)
-                    for part, keys, _ in reading.pieces(query)
-                ]
-                store.observe(weights if len(weights) > 1 else weights[0])
+            weights = [
+                torch.rand(len(part), 1, len(keys[0]), generator=generator) for part, keys, _ in reading.pieces(query)
+            ]
+            whole = isinstance(reading.keys, Tensor)
+            store.observe((weights[0] if whole else weights) if store.observes else None)
     return seen
 
 
@@ -424,22 +423,21 @@ def other_values(setting: Setting) -> list[Any]:
 
 
 SETTINGS = [
-    (name, allocator, setting)
+    (name, kind, part, setting)
     for name in METHODS
-    for allocator in (ALLOCATORS if "kv_cache_granularity" in get_registry().settings(name) else [None])
-    for setting in get_registry().settings(name, allocator)
-    if allocator is None
-    or allocator == get_registry().methods[name].allocator
-    or (name == "snapkv" and setting not in get_registry().settings(name))
+    for kind, part in [("allocator", None), *PARTS]
+    if part is None or name == "snapkv"
+    for setting in get_registry().settings(name, {kind: part})
+    if part is None or setting not in get_registry().settings(name)
 ]
 
 
-@pytest.mark.parametrize(("name", "allocator", "setting"), SETTINGS)
-def test_no_setting_is_accepted_and_ignored(name: str, allocator: str | None, setting: str) -> None:
-    given: dict[str, Any] = {"budget": 24} | ({"allocator": allocator} if allocator else {})
+@pytest.mark.parametrize(("name", "kind", "part", "setting"), SETTINGS)
+def test_no_setting_is_accepted_and_ignored(name: str, kind: str, part: str | None, setting: str) -> None:
+    given: dict[str, Any] = {"budget": 24} | ({kind: part} if part else {})
     usual = behaviour(load_method(name, **given))
     ignored = []
-    for value in other_values(get_registry().settings(name, allocator)[setting]):
+    for value in other_values(get_registry().settings(name, {kind: part})[setting]):
         try:
             if behaviour(load_method(name, **given, **{setting: value})) != usual:
                 return

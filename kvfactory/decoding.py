@@ -1,0 +1,108 @@
+"""Stores that go on evicting while tokens are generated: the decode-time form that every scorer has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .context import LayerContext
+from .merge import entries
+from .stores import DenseStore, Reading
+
+if TYPE_CHECKING:
+    from .method import EvictionMethod, TrackingMethod
+
+
+class BoundedStore(DenseStore):
+    """Has its method choose again, from what is stored, whenever a step leaves more than its capacity."""
+
+    spare: ClassVar[int] = 1
+    """Room beyond the capacity, for the step's own token."""
+
+    def __init__(self, layer: LayerContext, kept: Tensor, method: EvictionMethod) -> None:
+        """Starts with those tokens of a layer that kept [heads, count] names."""
+        self._capacity = capacity = method.capacity(layer.num_tokens, kept.shape[1])
+        self._left = 0 if capacity is None else method.after_eviction(capacity)
+        self._method = method if capacity is None else method.down_to(self._left)
+        limit = None if capacity is None else capacity + self.spare
+        super().__init__(*method.gather(layer, kept), kept.int(), limit=limit)
+        self._layer_index, self._num_layers = layer.layer_index, layer.num_layers
+        self._inverse_frequencies = layer.inverse_frequencies
+        self._recent = method.recent_queries
+        self._queries = layer.queries[:, max(0, layer.num_tokens - self._recent) :].clone()
+
+    def nbytes(self) -> int:
+        shared = self._inverse_frequencies  # the model's own
+        return super().nbytes() - (0 if shared is None else shared.numel() * shared.element_size())
+
+    def read(self, query: Tensor) -> Reading:
+        if self._recent:
+            self._queries = torch.cat([self._queries, query], 1)[:, -self._recent :].clone()
+        return super().read(query)
+
+    def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+        if self._capacity is not None and self._length > self._capacity:
+            self._evict(self._method)
+
+    def _evict(self, method: EvictionMethod) -> None:
+        layer = self._layer()
+        kept = method.select(layer)
+        assert isinstance(kept, Tensor)
+        self.hold(kept, *method.gather(layer, kept))
+
+    def _layer(self) -> LayerContext:
+        """What is stored, as a layer to score."""
+        return LayerContext(
+            self._layer_index,
+            self._num_layers,
+            self._queries,
+            self._keys[:, : self._length],
+            self._values[:, : self._length],
+            inverse_frequencies=self._inverse_frequencies,
+            listed_positions=self._all_positions(),
+        )
+
+
+class SlidingStore(BoundedStore):
+    """Makes room before a step, for methods that go by positions alone: the step sees its capacity and not one more."""
+
+    spare = 0
+
+    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
+        new = keys.shape[1]
+        if self._capacity is not None and self._length + new > self._capacity:
+            least = self._method.least_budget()
+            self._evict(replace(self._method, budget=max(self._left - new, least)))
+        super().append(keys, values, position)
+
+
+class TrackingStore(BoundedStore):
+    """Keeps its method's record of each entry, and adds the attention of every step to it."""
+
+    observes = True
+
+    def __init__(self, layer: LayerContext, kept: Tensor, method: TrackingMethod) -> None:
+        super().__init__(layer, kept, method)
+        self._tracking = method
+        self._state = entries(method.tracked(layer), kept)
+
+    def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+        assert isinstance(weights, Tensor)
+        new = self._length - self._state.shape[1]
+        state = pad(self._state, (0, 0) * (self._state.dim() - 2) + (0, new))
+        grouped = weights.unflatten(0, (len(state), -1))
+        self._state = self._tracking.track_step(state, grouped, self._all_positions())
+        super().observe(weights)
+
+    def _layer(self) -> LayerContext:
+        layer = super()._layer()
+        layer.shared(self._tracking.state_key(), lambda: self._state)
+        return layer
+
+    def hold(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        self._state = entries(self._state, index)
+        super().hold(index, keys, values)

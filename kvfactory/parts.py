@@ -1,0 +1,22 @@
+"""Parts: what a method is composed with. Each is one object of its own, and any of them may go with any method.
+
+A part is a frozen dataclass. Its fields are settings, as a method's are, and a registry knows it by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Something a method is composed with: a budget allocator, a merge."""
+
+    name: ClassVar[str] = ""
+    """What it is registered as."""
+
+    @property
+    def weighs_scores(self) -> bool:
+        """Whether this takes scores for weights, which scores below 0 are not."""
+        return False
