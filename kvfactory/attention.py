@@ -224,9 +224,7 @@ class Patch:
             was_prefill = cache.is_empty
             cache.end(output[0].shape[1])
             if was_prefill:
-                prompt = prompt_of(args, kwargs)
-                ids = prompt.tolist() if prompt.dim() == 2 else [[] for _ in prompt]  # embeddings have no ids
-                cache.finish(ids, self._feed)
+                cache.finish(prompt_of(args, kwargs), self._feed)
 
     def _feed(self, method: Method, seen: int, stores: list[Store], ids: list[int]) -> None:
         """Pass tokens through the model over stores that hold what came before."""

@@ -1,15 +1,18 @@
 """Budgets from files: how much each head (HeadKV's tables) or each layer deserves, measured once for a model.
 
-A head table is JSON, in either of two forms, heads being query heads or KV heads:
-- `{"layer-head": [score, ...], ...}`, the form of HeadKV's published tables: a head's score is the mean of its list;
-- `[[score of head 0, ...], ...]`, one list a layer, the form of DuoAttention's patterns.
+A head table has a number for each head of each layer, these being query heads or KV heads, in one of three forms:
+- `{"layer-head": [score, ...], ...}` in JSON, as HeadKV publishes its own and scripts/score_heads.py writes them: a
+  head's score is the mean of its list;
+- `[[score of head 0, ...], ...]` in JSON, one list a layer;
+- the same as lines of numbers in a .tsv file, as DuoAttention publishes its patterns.
 
-A layer table is a list with one number a layer.
+A layer table is a JSON list with one number a layer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,29 +32,43 @@ def read_head_table(path: str, flag: str = "--head_table") -> Tensor:
 
 def read_layer_table(path: str) -> Tensor:
     """The numbers of a layer table, [layers], float64, 0 or more; UserError for a file that is none."""
-    return _read(path, "--layer_table", lambda found: torch.tensor(found, dtype=torch.float64).reshape(len(found)))
+    return _read(path, "--layer_table", _layer_numbers)
 
 
-def _read(path: str, flag: str, understand: Any) -> Tensor:
+def _read(path: str, flag: str, understand: Callable[[Any], Tensor]) -> Tensor:
     try:
         return _parsed(path, Path(path).stat().st_mtime_ns, understand)
     except OSError as problem:
-        raise UserError(f"{flag} {path}: {problem.strerror}; give the path of a JSON file") from None
-    except (TypeError, ValueError, IndexError, AttributeError) as problem:
+        raise UserError(f"{flag} {path}: {problem.strerror}; give the path of a file with a table") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as problem:
         raise UserError(f"{flag} {path}: not such a table: {problem}") from None
 
 
 @cache
-def _parsed(path: str, changed: int, understand: Any) -> Tensor:
-    table: Tensor = understand(json.loads(Path(path).read_text("utf-8")))
-    if not (table >= 0).all() or not table.sum() > 0:
+def _parsed(path: str, changed: int, understand: Callable[[Any], Tensor]) -> Tensor:
+    text = Path(path).read_text("utf-8")
+    if path.endswith(".tsv"):
+        table = understand([[float(number) for number in line.split()] for line in text.splitlines()])
+    else:
+        table = understand(json.loads(text))
+    if not (table.isfinite() & (table >= 0)).all() or not table.sum() > 0:
         raise ValueError("its numbers have to be 0 or more, and not all of them 0")
+    return table
+
+
+def _layer_numbers(found: Any) -> Tensor:
+    table = torch.tensor(found, dtype=torch.float64)
+    if table.dim() != 1:
+        raise ValueError("it has to be a list with one number a layer")
     return table
 
 
 def _head_scores(found: Any) -> Tensor:
     if isinstance(found, list):
-        return torch.tensor(found, dtype=torch.float64).reshape(len(found), len(found[0]))
+        table = torch.tensor(found, dtype=torch.float64)
+        if table.dim() != 2:
+            raise ValueError("it has to be a list with one list of numbers a layer")
+        return table
     means = {
         tuple(map(int, name.split("-"))): torch.tensor(each, dtype=torch.float64).mean() for name, each in found.items()
     }
@@ -92,19 +109,21 @@ def head_budgets(importance: Tensor, base: int, beta: float, temperature: float 
 class HeadTable(BudgetAllocator):
     """Every head its own share, from a table of how important heads are (HeadKV, arXiv 2410.19258).
 
-    The table covers all heads of all layers, and so does the budget that it splits. Without a table a layer's own heads
-    share its budget by the scores they gave to this prompt.
+    The table covers all heads of all layers, and so does the budget that it splits, up to roundings; what a head gets
+    beyond the prompt's length is lost. Without a table a layer's own heads share its budget by what the scores they gave
+    to this prompt add up to. That is no measure of retrieval, and it moves nothing between layers: it is what can be had
+    without a table. scripts/score_heads.py measures one.
     """
 
     head_table: str | None = None
-    """JSON file with the importance of each head; without it, what a prompt's own scores add up to, layer by layer."""
+    """File with the importance of each head; without it, what a prompt's own scores add up to, layer by layer."""
     beta: float = 1.01
-    """Share of the budget that no head is sure of: 1 / beta. Near 1 the table decides all, larger is more uniform."""
+    """Share of the budget that no head is sure of: 1 / beta. At 1 the table decides all, larger is more uniform."""
     table_temperature: float = 1.0
     """Exponent of the importance: 0 makes all heads equal, above 1 widens their differences."""
 
     def __post_init__(self) -> None:
-        require(self.beta > 1 or self.beta == 1, f"--beta is {self.beta}; a head table needs a beta of 1 or more")
+        require(self.beta >= 1, f"--beta is {self.beta}; a head table needs a beta of 1 or more")
         require(self.table_temperature >= 0, f"--table_temperature is {self.table_temperature}; it is 0 or more")
         if self.head_table is not None:
             read_head_table(self.head_table)
@@ -127,10 +146,13 @@ class HeadTable(BudgetAllocator):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTable(BudgetAllocator):
-    """Every layer its own share, in proportion to the numbers of a table; the mean over layers is the budget."""
+    """Every layer its own share, in proportion to the numbers of a table; the mean over layers is the budget.
+
+    A layer keeps what its method protects even where its share is less, and no more than the prompt has where it is more.
+    """
 
     layer_table: str | None = None
-    """JSON file with a list of numbers, one a layer: budgets, or anything in proportion to them."""
+    """File with a list of numbers, one a layer: budgets, or anything in proportion to them."""
 
     def __post_init__(self) -> None:
         require(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +45,11 @@ class SequenceCache:
 
     def finish(self, prompt: Prompt) -> None:
         """The prompt has passed through all layers."""
-        device = self.stores[0].keys()[0].device
-        started = now(device)
+        started = now(prompt.device)
         self.stores = self.method.finish(self.stores, prompt)
-        seconds = now(device) - started
+        seconds = now(prompt.device) - started
         self.own_seconds += seconds
-        self.compress_seconds += seconds
+        self.compress_seconds += seconds + prompt.saved_seconds
 
     def fork(self) -> SequenceCache:
         """A second cache that starts from here: several questions about one context."""
@@ -112,14 +112,17 @@ class CompressedCache(Cache):
             for cache in row:
                 cache.seen += tokens - padding
 
-    def finish(self, prompts: list[list[int]], feed: Callable[[Method, int, list[Store], list[int]], None]) -> None:
-        """After a prefill: prompts are the token ids of the rows, their padding among them.
+    def finish(self, prompts: Tensor, feed: Callable[[Method, int, list[Store], list[int]], None]) -> None:
+        """After a prefill of prompts: token ids [rows, tokens], padding among them, or embeddings, which have none.
 
         `feed` passes more ids through the model, given the method, the tokens seen and the stores to use.
         """
-        for row, padding, ids in zip(self.rows, self._padding, prompts, strict=True):
+        ids = prompts.tolist() if prompts.dim() == 2 else [[] for _ in prompts]
+        for row, padding, tokens in zip(self.rows, self._padding, ids, strict=True):
+            shared: dict[Any, Any] = {}
             for cache in row:
-                cache.finish(Prompt(ids[padding:], partial(feed, cache.method, cache.seen)))
+                feed_row = partial(feed, cache.method, cache.seen)
+                cache.finish(Prompt(tokens[padding:], feed_row, prompts.device, _shared=shared))
 
     def attend(self, layer: LayerBatch, mask: Tensor | None) -> Tensor:
         """Attention output [batch, query_heads, tokens, head_dim] of one layer; fills the stores or reads them."""

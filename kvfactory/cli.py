@@ -29,9 +29,10 @@ from .budget import Share
 from .chat import stop_ids
 from .engine import Engine
 from .errors import UserError
-from .registry import Registry, convert, get_registry, settings_of
+from .registry import Registry, get_registry
 from .report.tables import print_table, summarise
 from .results import ROWS, Row, RunFolder, environment
+from .settings import convert, settings_of
 from .sweep import Sweep, make_jobs
 
 GROWING = ("method", "max_capacity_prompts", "datasets")
@@ -134,14 +135,14 @@ def _owners(defaults: dict[str, Any]) -> str:
 
 PART_HELP = {
     "allocator": "How budgets are split, in place of each method's own way",
-    "merge": "What evicted entries leave in those that stay",
+    "merge": "What evicted entries leave in those that stay, or none for nothing",
 }
 
 
 def part_options(registry: Registry) -> list[click.Option]:
     """A flag for each kind of part."""
     return [
-        click.Option([f"--{kind}"], metavar="NAME", help=f"{PART_HELP[kind]}: {', '.join(shelf)}, or none.")
+        click.Option([f"--{kind}"], metavar="NAME", help=f"{PART_HELP[kind]}: {', '.join(shelf)}.")
         for kind, shelf in registry.parts.items()
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -148,7 +148,7 @@ class LayerContext:
         logits[:, :, start:] += torch.full((stop - start, stop - start), -math.inf, device=logits.device).triu(1)
         return logits.softmax(-1)
 
-    def stored_heads(self, heads: int) -> Iterator[LayerContext]:
+    def stored_heads(self, heads: int) -> Iterator[Self]:
         """The layer once for each stored head, with that head alone in it."""
         group = self.query_heads // heads
         for head in range(heads):
@@ -170,13 +170,28 @@ class LayerContext:
         return self.keys[source, index], self.values[source, index]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Prompt:
     """A prompt that has passed through all layers, for a method that looks at it once more."""
 
     ids: list[int]
     feed: Callable[[list[Store], list[int]], None]
     """Passes token ids through the model as if they followed the prompt, over one store a layer, which take them in."""
+    device: torch.device
+    saved_seconds: float = 0.0
+    """What shared computations took that another method had asked for before."""
+    _shared: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
+
+    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, done once a prompt for all methods of a sweep that ask with the same key."""
+        if key in self._shared:
+            value, seconds = self._shared[key]
+            self.saved_seconds += seconds
+            return value
+        started = now(self.device)
+        value = compute()
+        self._shared[key] = value, now(self.device) - started
+        return value
 
 
 GQA_SCORE_AGG: dict[str, Callable[[Tensor], Tensor]] = {

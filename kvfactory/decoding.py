@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -46,13 +45,10 @@ class BoundedStore(DenseStore):
 
     def observe(self, weights: Tensor | list[Tensor] | None) -> None:
         if self._capacity is not None and self._length > self._capacity:
-            self._evict(self._method)
-
-    def _evict(self, method: EvictionMethod) -> None:
-        layer = self._layer()
-        kept = method.select(layer)
-        assert isinstance(kept, Tensor)
-        self.hold(kept, *method.gather(layer, kept))
+            layer = self._layer()
+            kept = self._method.select(layer)
+            assert isinstance(kept, Tensor)
+            self.hold(kept, *self._method.gather(layer, kept))
 
     def _layer(self) -> LayerContext:
         """What is stored, as a layer to score."""
@@ -68,16 +64,28 @@ class BoundedStore(DenseStore):
 
 
 class SlidingStore(BoundedStore):
-    """Makes room before a step, for methods that go by positions alone: the step sees its capacity and not one more."""
+    """Sinks and the most recent entries, for methods that go by positions alone: it makes room before a step.
+
+    A step sees as many entries as the store may hold, and not one more.
+    """
 
     spare = 0
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         new = keys.shape[1]
         if self._capacity is not None and self._length + new > self._capacity:
-            least = self._method.least_budget()
-            self._evict(replace(self._method, budget=max(self._left - new, least)))
+            self._make_room(new)
         super().append(keys, values, position)
+
+    def _make_room(self, new: int) -> None:
+        sinks = self._method.protected()[0]
+        recent = max(self._left - new - sinks, 0)
+        entry = torch.arange(self._length, device=self._keys.device)
+        kept = torch.cat([entry[:sinks], entry[max(sinks, self._length - recent) :]]).expand(len(self._keys), -1)
+        if self._method.merge is None:
+            self.keep(kept)
+        else:
+            self.hold(kept, *self._method.gather(self._layer(), kept))
 
 
 class TrackingStore(BoundedStore):

@@ -18,6 +18,11 @@ class Merge(Part, ABC):
     Works at each eviction, after the prompt and while decoding, whichever method chose what stays.
     """
 
+    @property
+    def prompt_only(self) -> bool:
+        """Whether this is for the end of a prompt alone, and refused where a method evicts while decoding."""
+        return False
+
     @abstractmethod
     def merge(self, keys: Tensor, values: Tensor, kept: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The kept entries, with what the others leave in them: keys and values [heads, count, head_dim].

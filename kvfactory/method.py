@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -87,8 +88,8 @@ class EvictionMethod(Method):
         for part in (self.allocator, self.merge):
             require(
                 not (part and part.weighs_scores and self.signed_scores),
-                f"{part and part.name} weighs heads by their scores, and those of {type(self).__name__} may be below 0; "
-                "choose another or a setting of it that does not weigh them",
+                f"{part and part.name} takes scores for weights, and those of {type(self).__name__} may be below 0; "
+                "choose another, or a setting of it that does not weigh",
             )
         self._check_decode_settings(least)
 
@@ -100,6 +101,11 @@ class EvictionMethod(Method):
                 f"--decode_interval {interval}: nothing is evicted while decoding without --decode_budget; give one",
             )
             return
+        require(
+            not (self.merge and self.merge.prompt_only),
+            f"--merge {self.merge and self.merge.name} as it is set is for the end of a prompt alone; "
+            "leave --decode_budget out or set it otherwise",
+        )
         require(isinstance(interval, Share) or interval >= 1, f"--decode_interval is {interval}; it is 1 step or more")
         held = self.budget if self.decode_budget == "same" else self.decode_budget
         if isinstance(held, int):
@@ -157,18 +163,27 @@ class EvictionMethod(Method):
             num_layers=layer.num_layers,
         )
         chosen = self.choose(layer, counts)
-        whole = [torch.cat([tokens[:first], head.sort().values, tokens[stop:]]) for head in chosen]
-        return torch.stack(whole) if len(set(counts)) == 1 else whole
+        if isinstance(chosen, list) and len(set(counts)) == 1:
+            chosen = torch.stack(chosen)
+        if isinstance(chosen, Tensor):
+            ends = tokens[:first].expand(len(chosen), -1), tokens[stop:].expand(len(chosen), -1)
+            return torch.cat([ends[0], chosen.sort(-1).values, ends[1]], 1)
+        return [torch.cat([tokens[:first], head.sort().values, tokens[stop:]]) for head in chosen]
 
-    def choose(self, layer: LayerContext, counts: list[int]) -> list[Tensor]:
-        """The best tokens that are not protected, `counts` of them in each stored head, in any order."""
+    def choose(self, layer: LayerContext, counts: list[int]) -> Tensor | list[Tensor]:
+        """The best tokens that are not protected, `counts` of them in each stored head, in any order.
+
+        [stored heads, count], or a list where counts differ.
+        """
         first, last = self.protected()
 
         def rank() -> Tensor:
             competing = self.shared_scores(layer)[:, first : layer.num_tokens - last]
             return competing.argsort(dim=-1, descending=True, stable=True) + first
 
-        ranked = layer.shared(("ranked", self._score_key(), first, last), rank)
+        ranked = layer.shared(("ranked", self._score_key, first, last), rank)
+        if len(set(counts)) == 1:
+            return ranked[:, : counts[0]]
         return [head[:count] for head, count in zip(ranked, counts, strict=True)]
 
     def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
@@ -205,8 +220,9 @@ class EvictionMethod(Method):
 
     def shared_scores(self, layer: LayerContext) -> Tensor:
         """`score`, computed once for all methods of a sweep that share it: [stored heads, tokens], float32."""
-        return layer.shared(self._score_key(), lambda: spread(self.score(layer), self.stored_heads(layer)))
+        return layer.shared(self._score_key, lambda: spread(self.score(layer), self.stored_heads(layer)))
 
+    @cached_property
     def _score_key(self) -> tuple[Any, ...]:
         apart = ("budget", "allocator", "merge", "decode_budget", "decode_interval")
         return type(self).score, *(getattr(self, each.name) for each in fields(self) if each.name not in apart)
@@ -281,7 +297,7 @@ class TrackingMethod(AttentionScoredMethod):
 
     def state_key(self) -> tuple[Any, ...]:
         """What a layer knows the state by."""
-        return "tracked", *self._score_key()
+        return "tracked", *self._score_key
 
     def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
         return TrackingStore(layer, kept, self)

@@ -6,16 +6,13 @@ Built-in methods come through the same door as anybody's: entry points of the gr
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
-import types
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pluggy
 
@@ -26,6 +23,7 @@ from .budget_tables import HeadTable, LayerTable
 from .errors import UserError, unknown
 from .method import Method
 from .parts import Part
+from .settings import Setting, convert, settings_of
 
 GROUP = "kvfactory"
 
@@ -52,15 +50,6 @@ class MethodEntry:
     parts: dict[str, str]
     """The parts it is composed with, by the field that holds them: `{"allocator": "uniform"}`."""
     plugin: Plugin
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a method or an allocator, as a flag would show it."""
-
-    name: str
-    type: Any
-    default: Any
 
 
 class Registry:
@@ -200,13 +189,14 @@ class Registry:
         Raises `UserError` for a part that the method cannot have.
         """
         entry = self.method_entry(name)
-        fields_of_parts = settings_of(entry.attention).keys() & self.parts.keys()
+        own = settings_of(entry.attention)
+        fields_of_parts = own.keys() & self.parts.keys()
         given = {kind: part for kind, part in (chosen or {}).items() if part is not None}
         for kind, part in given.items():
             if kind not in fields_of_parts:
                 raise UserError(f"method '{name}' evicts nothing and takes no --{kind} {part}; leave --{kind} out")
         both = {kind: part for kind, part in entry.parts.items() if kind in fields_of_parts} | given
-        return {kind: part for kind, part in both.items() if part != "none"}
+        return {kind: part for kind, part in both.items() if part != "none" or own[kind].default is not None}
 
     def settings(self, name: str, parts: Mapping[str, str | None] | None = None) -> dict[str, Setting]:
         """The settings of a method and of the parts it is used with.
@@ -274,75 +264,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def settings_of(settings_class: type) -> dict[str, Setting]:
-    """The fields of a method's or an allocator's dataclass."""
-    hints = get_type_hints(settings_class)
-    return {each.name: Setting(each.name, hints[each.name], each.default) for each in fields(settings_class)}
-
-
-def convert(name: str, value: Any, kind: Any) -> Any:
-    """A setting's value as the type its field has; strings are read, other values are checked.
-
-    Raises `UserError` naming the flag and what would be right.
-    """
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if type(None) in options and (value is None or value == "none"):
-        return None
-    if get_origin(kind) is Literal and str(value) not in map(str, get_args(kind)):
-        raise unknown(f"--{name}", str(value), map(str, get_args(kind)))
-    for option in options:
-        reader = _reader(option)
-        if reader is None:
-            return value
-        with suppress(TypeError, ValueError, KeyError):
-            return reader(value)
-    wanted = " or ".join(_wanted(option) for option in options if option is not type(None))
-    raise UserError(f"--{name} is '{value}'; it takes {wanted}")
-
-
-def _reader(option: Any) -> Callable[[Any], Any] | None:
-    if get_origin(option) is Literal:
-        choices = {str(choice): choice for choice in get_args(option)}
-        return lambda value: choices[str(value)]
-    if get_origin(option) is tuple:
-        item = _READERS[get_args(option)[0]][0]
-        return lambda value: tuple(item(each) for each in _items(value))
-    return _READERS[option][0] if option in _READERS else None
-
-
-def _wanted(option: Any) -> str:
-    if get_origin(option) is Literal:
-        return " or ".join(map(str, get_args(option)))
-    if get_origin(option) is tuple:
-        return f"a list, each {_READERS[get_args(option)[0]][1]}, such as 0+1, or an empty one"
-    return _READERS[option][1]
-
-
-def _items(value: Any) -> Iterable[Any]:
-    return (
-        re.split(r"[+,\s]+", value.strip("[]() ")) if isinstance(value, str) and value.strip("[]() ") else value or ()
-    )
-
-
-def _read_int(value: Any) -> int:
-    if (isinstance(value, float) and not value.is_integer()) or isinstance(value, bool):
-        raise ValueError
-    return int(value)
-
-
-def _read_bool(value: Any) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-
-
-_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    int: (_read_int, "a whole number"),
-    float: (float, "a number"),
-    bool: (_read_bool, "true or false"),
-    str: (str, "text"),
-    Share: (Share.read, "a percentage such as 10%"),
-}
 
 
 @cache

@@ -31,7 +31,7 @@ from kvfactory.errors import UserError
 from kvfactory.report.tables import summarise
 
 Row = dict[str, Any]
-Key = tuple[str, str, int | None]  # example_id, method, budget
+Key = tuple[str, str, int | str | None]  # example_id, method, budget
 
 ROWS = "rows.jsonl"
 META = "run_meta.json"

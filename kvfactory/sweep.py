@@ -18,8 +18,9 @@ from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
 from .errors import UserError
 from .method import Method
-from .registry import Registry, settings_of
+from .registry import Registry
 from .results import Row, RunFolder
+from .settings import settings_of
 
 
 @dataclass(frozen=True)

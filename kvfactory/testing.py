@@ -108,8 +108,11 @@ def compress_layer(
     """What a method keeps of one layer.
 
     q is [q_heads, tokens, head_dim], k and v are [kv_heads, tokens, head_dim], all rotated; hidden is [tokens, hidden_size];
-    inverse_frequencies [head_dim / 2] is for methods that re-rotate keys.
+    inverse_frequencies [head_dim / 2] is for methods that re-rotate keys, and those of theta 10000 if not given. What a
+    method does once all layers are there (`finish`) is not done.
     """
+    if inverse_frequencies is None:
+        inverse_frequencies = 10000.0 ** -(torch.arange(0, k.shape[-1], 2, device=k.device) / k.shape[-1])
     return method.compress(LayerContext(layer_index, num_layers, q, k, v, hidden, inverse_frequencies))
 
 
@@ -122,6 +125,8 @@ class MethodContract(ABC):
     """False for a method that keeps every token."""
     decode_budget: int | None = None
     """Entries per head after any number of steps, for a method that evicts while decoding."""
+    keeps_newest: bool = True
+    """False for a method whose paper lets it go of the prompt's last token too."""
     layer_budgets_vary: bool = False
     """True for a method whose layers share the budget unevenly; the mean over layers may exceed it by half."""
 
@@ -157,7 +162,8 @@ class MethodContract(ABC):
                     listed = positions.tolist()
                     assert positions.dtype == torch.int64
                     assert all(a < b for a, b in pairwise(listed))
-                    assert listed[0] >= 0 and listed[-1] == length - 1, "the newest token is always kept"
+                    assert listed[0] >= 0 and listed[-1] < length
+                    assert listed[-1] == length - 1 or not self.keeps_newest, "the newest token is always kept"
 
     def test_keys_values_and_positions_are_of_one_length(self) -> None:
         _, rows = self._rows(60, tokens=3)
@@ -265,8 +271,11 @@ class MethodContract(ABC):
     def test_the_decode_budget_is_kept(self) -> None:
         if self.decode_budget is None:
             return
-        _, rows = self._rows(60, tokens=40)
-        assert all(max(store.lengths()) <= self.decode_budget for store in rows[0].stores)
+        (_, early), (_, late) = self._rows(60, tokens=24), self._rows(60, tokens=48)
+        assert all(max(store.lengths()) <= self.decode_budget for store in (*early[0].stores, *late[0].stores))
+        assert late[0].nbytes() <= early[0].nbytes(), (
+            "room and bookkeeping grow with what is stored, not with the steps"
+        )
 
 
 def _held(stores: list[Store]) -> list[Tensor]:

@@ -18,7 +18,8 @@ RUNNERS = sorted((ROOT / "runners").rglob("*.py"))
 ALL_CODE = [
     file for room in ("kvfactory", "plugins", "runners", "scripts") for file in sorted((ROOT / room).rglob("*.py"))
 ]
-METHODS = sorted(name for name, entry in get_registry().methods.items() if entry.plugin.distribution == "kvfactory")
+BUILT_IN = {name for name, entry in get_registry().methods.items() if entry.plugin.distribution == "kvfactory"}
+METHODS = sorted(BUILT_IN - {"random"})  # which is a module of Python's too, and of torch's
 
 
 def label(file: Path) -> str:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import click
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig
@@ -24,6 +23,7 @@ from kvfactory import (
     EvictionMethod,
     LayerContext,
     Store,
+    TrackingMethod,
     compress,
     hookspecs,
     load_method,
@@ -35,18 +35,20 @@ from kvfactory.benchmarks.needle import STYLES, Needle
 from kvfactory.cli import GROWING, HARMLESS, sweep_command
 from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
 from kvfactory.registry import Registry, get_registry
+from kvfactory.report.methods import FIRST_LINE, facts, markdown
 from kvfactory.report.tables import summarise
 from kvfactory.results import RunFolder
 from kvfactory.sweep import Sweep, make_jobs
-from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
+from kvfactory.testing import MethodContract, compress_layer, generate, reference_attention, tiny_model, tiny_prompts
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "example_plugin"
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 TEXTS = {name: path.read_text("utf-8") for name, path in PAGES.items()}
-README, PLUGINS, RESULTS = (TEXTS[name] for name in ("README.md", "docs/plugins.md", "docs/results.md"))
+README, PLUGINS, RESULTS = (TEXTS[name] for name in ("README.md", "docs/write_a_method.md", "docs/results.md"))
 
 FILES = dict(re.findall(r"<!-- file: ([\w.]+)[^>]*-->\n```python\n(.*?)```", PLUGINS, re.DOTALL))
+BUILT_IN = sorted(name for name, entry in get_registry().methods.items() if entry.plugin.distribution == "kvfactory")
 HOOKS = [name for name in vars(hookspecs) if name.startswith("kvfactory_")]
 WITH_THE_EMBEDDED_MODEL = pytest.mark.skipif(
     not any(metadata.distributions(name=EMBEDDED_PACKAGE[0])), reason="the embedded model is not installed"
@@ -55,7 +57,7 @@ WITH_THE_EMBEDDED_MODEL = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of docs/plugins.md."""
+    """The files of docs/write_a_method.md."""
     path = tmp_path_factory.mktemp("plugins")
     for name, code in FILES.items():
         (path / name).write_text(code, "utf-8")
@@ -64,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documented(folder: Path) -> Registry:
-    """A registry with all plugins of docs/plugins.md in it."""
+    """A registry with all plugins of docs/write_a_method.md in it."""
     registry = Registry.load()
     for name in FILES:
         if not name.startswith("test_"):
@@ -121,8 +123,33 @@ def test_the_methods_of_the_docs_keep_what_they_say(documented: Registry) -> Non
     shortest = [sorted(range(46), key=lambda token: float(head[token].norm()))[:6] for head in k]
     assert kept["newest"] == [list(range(40, 50))] * 2
     assert kept["keynorm"] == [[*sorted(head), 46, 47, 48, 49] for head in shortest]
-    assert kept["tova"][0] == kept["tova"][1] and len(kept["tova"][0]) == 10
-    assert set(kept) == {"newest", "keynorm", "tova"}
+    looked_at = reference_attention(q, k)[:, -1].unflatten(0, (2, 2)).mean(1)[:, :-1]
+    assert kept["glance"] == [[*sorted(head.topk(9).indices.tolist()), 49] for head in looked_at]
+    assert all(len(head) == 10 for head in kept["a2sf"])
+    assert kept["thinning"] == [list(range(40, 50))] * 2
+    assert set(kept) == {"newest", "keynorm", "glance", "a2sf", "thinning"}
+
+
+def test_the_store_of_the_docs_thins_out_its_middle(documented: Registry) -> None:
+    k = torch.randn(2, 60, 8)
+    store = compress_layer(documented.load_method("thinning", 10), *(k[:, :50],) * 3)
+    seen = []
+    for at in range(50, 60):
+        store.append(k[:, at : at + 1], k[:, at : at + 1], at)
+        store.observe(None)
+        seen.append(store.positions()[0].tolist())
+    assert seen[0] == [40, 42, 44, *range(45, 51)], "eleven: of the five oldest three stay"
+    assert seen[-1][0] == 40 and seen[-1][-5:] == [55, 56, 57, 58, 59] and max(map(len, seen)) == 10
+
+
+def test_the_merge_of_the_docs_takes_leave(documented: Registry) -> None:
+    k, v = torch.randn(2, 50, 8), torch.randn(2, 50, 8)
+    method = documented.load_method("newest", 10, merge="farewell", farewell_share=0.25)
+    store = compress_layer(method, k, k, v)
+    for head in range(2):
+        expected = 0.75 * v[head, 40:] + 0.25 * v[head, :40].mean(0)
+        torch.testing.assert_close(store.values()[head], expected)
+        assert torch.equal(store.keys()[head], k[head, 40:])
 
 
 @pytest.mark.parametrize("expected", [[15, 5, 15, 5], [15, 5, 10]])
@@ -160,35 +187,12 @@ def test_the_contract_test_of_the_docs_passes(folder: Path, monkeypatch: pytest.
 
 
 def test_the_example_is_the_one_of_the_docs() -> None:
-    assert FILES["kvf_tova.py"] == (EXAMPLE / "kvf_tova.py").read_text("utf-8")
+    assert FILES["kvf_a2sf.py"] == (EXAMPLE / "kvf_a2sf.py").read_text("utf-8")
 
 
-def test_the_example_decodes_as_tovas_authors_do(shared: Path, documented: Registry) -> None:
-    golden = np.load(shared / "golden" / "methods_public" / "tova__official_prefill_decode.npz")
-    q, k, v = (torch.from_numpy(golden[name])[0] for name in ("in_q", "in_k", "in_v"))
-    theirs = torch.from_numpy(golden["out_kept"]).long()
-    method = documented.load_method("tova", 12)
-    assert isinstance(method, EvictionMethod)
-    layer = LayerContext(0, 1, q[:, :30], k[:, :30], v[:, :30])
-    assert torch.equal(method.score(layer)[0].topk(12).indices.sort().values, theirs[0])
-    store = method.store(layer, theirs[0].expand(2, -1))  # theirs, for they may let go of the newest token
-    for step, kept in enumerate(theirs[1:], start=1):
-        at = 29 + step
-        store.append(k[:, at : at + 1], v[:, at : at + 1], at)
-        store.observe(torch.from_numpy(golden[f"in_attn_step{step}"])[0][:, None])
-        assert all(torch.equal(positions, kept) for positions in store.positions())
-
-
-def test_the_example_scores_as_kvpress_does(shared: Path, documented: Registry) -> None:
-    golden = np.load(shared / "golden" / "methods_public" / "tova__kvpress_score.npz")
-    q, k, v = (torch.from_numpy(golden[name])[0] for name in ("in_q_pre", "in_k", "in_v"))
-    angle = torch.arange(44)[:, None] * 10000 ** (-torch.arange(0, 8, 2) / 8)
-    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-    query = q * cos + torch.cat([-q[..., 4:], q[..., :4]], -1) * sin
-    method = documented.load_method("tova", 12)
-    assert isinstance(method, EvictionMethod)
-    scores = method.score(LayerContext(0, 1, query, k, v))[:, :-1]
-    torch.testing.assert_close(scores, torch.from_numpy(golden["out_score"])[0][:, :-1], rtol=1e-4, atol=1e-5)
+def test_the_smallest_method_is_ten_lines_of_code() -> None:
+    lines = [line for line in FILES["newest.py"].splitlines() if line and not line.startswith(('"""', "#"))]
+    assert len(lines) <= 10
 
 
 # ---- lists
@@ -213,9 +217,11 @@ def test_every_name_of_a_class_is_in_its_reference(cls: type) -> None:
     assert table(PLUGINS, f"`{cls.__name__}`") == public(cls)
 
 
-def test_what_attention_adds_is_in_the_reference() -> None:
-    added = public(AttentionScoredMethod) - public(EvictionMethod)
-    assert table(PLUGINS, "`AttentionScoredMethod` has besides") == added
+@pytest.mark.parametrize(
+    ("cls", "base"), [(AttentionScoredMethod, EvictionMethod), (TrackingMethod, AttentionScoredMethod)]
+)
+def test_what_a_kind_of_method_adds_is_in_the_reference(cls: type, base: type) -> None:
+    assert table(PLUGINS, f"`{cls.__name__}` has besides") == public(cls) - public(base)
 
 
 def rules() -> list[str]:
@@ -270,26 +276,20 @@ def test_what_may_change_on_resume_is_listed() -> None:
 
 
 def methods_table() -> str:
-    """README's table, from the first line of each plugin and the settings that not all of them have."""
-    registry = get_registry()
-    common = {each.name for each in fields(AttentionScoredMethod)}
-    lines = ["| method | paper | what it does | settings and their defaults |", "| --- | --- | --- | --- |"]
-    for name, entry in sorted(registry.methods.items()):
-        if entry.plugin.distribution != "kvfactory":
-            continue
-        first = (inspect.getmodule(entry.attention).__doc__ or "").split("\n")[0]
-        found = re.fullmatch(r"\w+: (.+?)(?: \(arXiv ([\d.]+)\))?\.(?: .*)?", first)
-        assert found, f"{name}: the first line of its docstring is not 'Name: what it does (arXiv number).'"
-        paper = f"[{found[2]}](https://arxiv.org/abs/{found[2]})" if found[2] else ""
-        own = [each for each in registry.settings(name).values() if each.name not in common]
-        settings = ", ".join(f"`{each.name}` {each.default}" for each in own)
-        lines.append(f"| `{name}` | {paper} | {found[1]} | {settings} |")
-    return "\n".join(lines)
+    """README's table, from the first line of each plugin."""
+    lines = [(f"`{each.name}`", each.paper, each.does) for each in facts(get_registry(), BUILT_IN)]
+    return markdown(["method", "paper", "what it does"], lines)
 
 
 def test_the_readme_lists_every_method() -> None:
     listed = README.split("<!-- methods -->\n")[1].split("\n<!-- end of methods -->")[0]
     assert listed == methods_table(), f"put this into README.md:\n{methods_table()}"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_first_line_of_a_plugin_says_what_it_does(name: str) -> None:
+    module = inspect.getmodule(get_registry().methods[name].attention)
+    assert FIRST_LINE.fullmatch((module.__doc__ or "").split("\n")[0])
 
 
 # ---- commands, links and code
@@ -307,6 +307,7 @@ def test_every_flag_in_the_docs_exists(documented: Registry) -> None:
     }
     assert {"run_longbench.py", "run_needle_in_haystack.py"} <= set(helps)
     text = " ".join(command.get_help(click.Context(command)) for command in helps.values())
+    text += " ".join(script.read_text("utf-8") for script in (ROOT / "scripts").glob("*.py"))
     flag = r"(?<![\w-])--[a-z][a-z_]*(?![\w-])"  # pip's have hyphens
     for page, words in TEXTS.items():
         assert set(re.findall(flag, words)) <= set(re.findall(flag, text)), page

@@ -368,7 +368,9 @@ def test_new_tokens_get_their_true_positions(family: str) -> None:
         assert sequence.cache.seen == 69, "the last of the ten waits to be fed"
         for layer, store in enumerate(sequence.cache.stores):
             for head, (positions, keys) in enumerate(zip(store.positions(), store.keys(), strict=True)):
-                assert positions[-9:].tolist() == list(range(60, 69)), method
+                evicts = getattr(method, "decode_budget", None) is not None
+                assert evicts or positions[-9:].tolist() == list(range(60, 69)), method
+                assert positions[-1] <= 68
                 if layer == 0:
                     expected = true_keys[head * 2 // len(store.keys()), positions]
                     torch.testing.assert_close(keys, expected, rtol=1e-4, atol=1e-4)

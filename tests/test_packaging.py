@@ -23,7 +23,7 @@ from kvfactory.models import EMBEDDED_PACKAGE
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {"kvfactory", "plugins", "runners", "pyproject.toml", "README.md", "LICENSE", "kvf_tova.py"}
+SOURCES = {"kvfactory", "plugins", "runners", "pyproject.toml", "README.md", "LICENSE", "kvf_a2sf.py"}
 NEEDLE = "run_needle_in_haystack.py"
 
 
@@ -64,7 +64,7 @@ def all_but_sources(top: Path) -> Callable[[str, list[str]], set[str]]:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Wheels:
     folder = tmp_path_factory.mktemp("wheels")
     built = []
-    for name, source in (("kvfactory", ROOT), ("kvf_tova", ROOT / "docs" / "example_plugin")):
+    for name, source in (("kvfactory", ROOT), ("kvf_a2sf", ROOT / "docs" / "example_plugin")):
         copy = shutil.copytree(source, folder / "sources" / name, ignore=all_but_sources(source))
         build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)]
         check(subprocess.run(build, capture_output=True, text=True))
@@ -116,7 +116,7 @@ def test_the_wheel_holds_the_licence_and_every_entry_point(wheels: Wheels) -> No
 
 
 def test_everything_is_found_in_the_wheels(environment: Environment) -> None:
-    packages = ["kvfactory", "kvfactory_plugins", "kvfactory_runners", "kvf_tova"]
+    packages = ["kvfactory", "kvfactory_plugins", "kvfactory_runners", "kvf_a2sf"]
     code = f"from importlib.util import find_spec\nfor each in {packages}: print(find_spec(each).origin)"
     files = check(environment.run("python", "-c", code)).splitlines()
     assert len(files) == len(packages)
@@ -132,7 +132,7 @@ def test_every_command_is_there(environment: Environment) -> None:
 
 def test_a_third_party_is_listed_with_its_package_and_version(environment: Environment) -> None:
     listed = check(environment.run("kvfactory", "methods"))
-    assert re.search(r"^tova +kvf-tova 1\.0\.0, uniform ", listed, re.MULTILINE)
+    assert re.search(r"^a2sf +kvf-a2sf 1\.0\.0, uniform ", listed, re.MULTILINE)
     assert re.search(rf"^snapkv +kvfactory {re.escape(metadata.version('kvfactory'))}, ", listed, re.MULTILINE)
 
 
@@ -159,18 +159,18 @@ def kvfactory_register_methods(register):
 def test_methods_of_a_package_and_of_a_file_run_by_name(environment: Environment) -> None:
     (environment.folder / "newest.py").write_text(NEWEST)
     size = ["--max_capacity_prompts", "64", "--context_lengths", "256", "--depths", "50", "--samples", "1"]
-    chosen = ["--plugin", "newest.py", "--method", "tova,newest", "--gap", "3"]
+    chosen = ["--plugin", "newest.py", "--method", "a2sf,newest", "--gap", "3"]
     check(environment.run(NEEDLE, *chosen, *size, "--save_dir", "run"))
     rows = [json.loads(line) for line in (environment.folder / "run" / "rows.jsonl").read_text().splitlines()]
     assert {(row["method"], row["budget"], row["kept_tokens_max"]) for row in rows} == {
-        ("tova", 64, 64.0),
+        ("a2sf", 64, 64.0),
         ("newest", 64, 64.0),
     }
     assert {row["settings"].get("gap") for row in rows} == {None, 3}
     meta = json.loads((environment.folder / "run" / "run_meta.json").read_text())
     plugins = meta["sessions"][0]["environment"]["plugins"]
     found = {(each["name"], each["distribution"], each["version"]) for each in plugins}
-    assert {("tova", "kvf-tova", "1.0.0"), ("newest", "newest.py", "")} <= found
+    assert {("a2sf", "kvf-a2sf", "1.0.0"), ("newest", "newest.py", "")} <= found
 
 
 @pytest.fixture
@@ -191,17 +191,17 @@ def package(tmp_path: Path) -> Callable[[str], Path]:
 def test_a_name_that_is_taken_is_refused_with_both_packages(
     environment: Environment, package: Callable[[str], Path]
 ) -> None:
-    run = environment.run("kvfactory", "methods", path=package(NEWEST.replace('"newest"', '"tova"')))
+    run = environment.run("kvfactory", "methods", path=package(NEWEST.replace('"newest"', '"a2sf"')))
     assert run.returncode == 2
-    assert len(run.stderr.splitlines()) == 1 and "method 'tova' is registered by both" in run.stderr
-    assert "kvf-tova 1.0.0" in run.stderr and "other-plugin 9.9" in run.stderr
+    assert len(run.stderr.splitlines()) == 1 and "method 'a2sf' is registered by both" in run.stderr
+    assert "kvf-a2sf 1.0.0" in run.stderr and "other-plugin 9.9" in run.stderr
 
 
 def test_a_package_that_fails_to_import_is_told_and_others_are_listed(
     environment: Environment, package: Callable[[str], Path]
 ) -> None:
     listed = check(environment.run("kvfactory", "methods", path=package("import a_module_that_is_not_there")))
-    assert re.search(r"^tova +kvf-tova ", listed, re.MULTILINE)
+    assert re.search(r"^a2sf +kvf-a2sf ", listed, re.MULTILINE)
     assert "other of other-plugin 9.9 fails to import: ModuleNotFoundError" in listed
 
 

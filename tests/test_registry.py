@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, Store, UserError, hookimpl, load_method
-from kvfactory.budget import Pyramid, Uniform
+from kvfactory.budget import Pyramid, Share, Uniform
+from kvfactory.context import Prompt
 from kvfactory.registry import Plugin, Registry, Setting, convert, get_registry
 from kvfactory.testing import compress_layer
 
@@ -354,7 +355,11 @@ def test_an_allocator_brings_its_settings() -> None:
 def test_settings_load_the_same_method_again(name: str, kind: str, part: str | None) -> None:
     registry = get_registry()
     given = {kind: part} if part and registry.has_budget(name) else {}
-    method = load_method(name, budget=32, **given)
+    try:
+        method = load_method(name, budget=32, **given)
+    except UserError as refusal:
+        assert given and part != registry.methods[name].parts.get(kind), refusal
+        return
     assert registry.load_method(name, **method.settings()) == method
     flags = {each: "none" if value is None else str(value) for each, value in method.settings().items()}
     assert registry.load_method(name, **flags) == method
@@ -390,12 +395,19 @@ def flat(thing: Any) -> Any:
 def behaviour(method: Method) -> list[Any]:
     """All that can be seen of a method: what it keeps of two layers, and what becomes of it over three steps."""
     generator = torch.Generator().manual_seed(11)
-    seen: list[Any] = []
-    for layer_index in (0, 3):
-        q, k, v = (torch.randn(heads, 70, 8, generator=generator) for heads in (8, 4, 4))
+    layers = [[torch.randn(heads, 70, 8, generator=generator) for heads in (8, 4, 4)] for _ in range(2)]
+    hidden, frequencies = torch.randn(70, 64, generator=generator), 0.1 ** torch.arange(4.0)
+    for _, k, _ in layers:
         k[0] *= 2  # heads that differ in how sharp their attention is
-        hidden, frequencies = torch.randn(70, 64, generator=generator), 0.1 ** torch.arange(4.0)
-        store = compress_layer(method, q, k, v, layer_index, 4, hidden, frequencies)
+
+    def feed(stores: list[Store], ids: list[int]) -> None:
+        for store, (q, k, v) in zip(stores, layers, strict=True):
+            store.append(k[:, ids], v[:, ids], 70)
+            store.read(q[:, ids])
+
+    stores = [compress_layer(method, *layers[index], 3 * index, 4, hidden, frequencies) for index in range(2)]
+    seen: list[Any] = []
+    for store in method.finish(stores, Prompt(list(range(70)), feed, torch.device("cpu"))):
         seen += [store.nbytes(), flat(store.positions()), flat(store.keys()), flat(store.values())]
         for step in range(3):
             query = torch.randn(8, 1, 8, generator=generator)
@@ -419,7 +431,14 @@ def other_values(setting: Setting) -> list[Any]:
         return [not default]
     if default is None:
         return [2, 5, 12]
-    return [value for value in (default / 4, default / 2, default + 2, default * 2) if kind is float or value % 1 == 0]
+    if default == "same":
+        return [None]
+    if isinstance(default, Share):
+        return [1, 3, Share(default.percent / 2)]
+    if isinstance(default, tuple):
+        return [(), (*default, 3)]
+    values = (default / 4, default / 2, default + 2, default * 2, 12)
+    return [value for value in values if kind is float or value % 1 == 0]
 
 
 SETTINGS = [

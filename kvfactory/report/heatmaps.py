@@ -71,7 +71,7 @@ def score_grids(rows: Sequence[Mapping[str, Any]], score: str = "score") -> dict
         raise UserError(f"'{score}' runs from {frame['score'].min():g} to {frame['score'].max():g}; heatmaps show 0..1")
     depths, lengths = sorted(frame["depth"].unique()), sorted(frame["length"].unique())
     return {
-        (str(method), budget if isinstance(budget, int) else FULL): part.pivot_table(
+        (str(method), budget if isinstance(budget, int) else str(budget)): part.pivot_table(
             "score", "depth", "length"
         ).reindex(index=depths, columns=lengths)
         for (method, budget), part in frame.groupby(["method", "budget"], sort=False)
@@ -95,7 +95,7 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     A method without a budget stands in the first column.
     """
     lines = list(dict.fromkeys((method, budget == FULL) for method, budget in grids))
-    budgets = sorted(budget for budget in {budget for _, budget in grids} if isinstance(budget, int))
+    budgets = sorted({budget for _, budget in grids} - {FULL}, key=_entries_before_shares)
     columns = max(1, len(budgets))
     size = _panel(next(iter(grids.values())), cell=(0.42, 0.24), least=(2.4, 1.4), most=(5.0, 3.0))
     figure = Figure(figsize=((size[0] + 0.6) * columns + 1.5, (size[1] + 0.8) * len(lines) + 0.6), layout="constrained")
@@ -103,7 +103,7 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     for axes in panels.flat:
         axes.set_axis_off()
     for (method, budget), grid in grids.items():
-        line, column = lines.index((method, budget == FULL)), budgets.index(budget) if isinstance(budget, int) else 0
+        line, column = lines.index((method, budget == FULL)), 0 if budget == FULL else budgets.index(budget)
         axes = panels[line, column]
         axes.set_axis_on()
         mesh = _draw(axes, grid, size, font=7.0)
@@ -113,6 +113,10 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     figure.supxlabel("Token Limit")
     figure.supylabel("Depth Percent")
     return figure
+
+
+def _entries_before_shares(budget: int | str) -> tuple[bool, float]:
+    return isinstance(budget, str), float(str(budget).rstrip("%"))
 
 
 def _draw(axes: Axes, grid: pd.DataFrame, size: Inches, font: float) -> QuadMesh:

@@ -98,7 +98,7 @@ def score_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name, found in values.items() if name == "score" or all(0 <= value <= 1 for value in found)]
 
 
-def budget_name(budget: int | None) -> int | str:
+def budget_name(budget: int | str | None) -> int | str:
     """The budget as tables and figures show it."""
     return FULL if budget is None else budget
 

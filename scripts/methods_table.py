@@ -1,0 +1,175 @@
+"""Write the tables of docs/methods.md and README.md: what each method is, what it keeps, what it costs, what it finds.
+
+python scripts/methods_table.py                  # needles with the embedded model first; a killed run goes on
+python scripts/methods_table.py --no-measure     # the words alone, and the numbers as they are
+
+Texts between the markers `<!-- name -->` and `<!-- end of name -->` are replaced, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import NoReturn
+
+import click
+
+from kvfactory import Engine, UserError, load_model
+from kvfactory.benchmarks.haystack import load_haystack
+from kvfactory.cli import run_command
+from kvfactory.method import EvictionMethod
+from kvfactory.registry import Registry, get_registry
+from kvfactory.report.methods import facts, markdown, settings_text
+from kvfactory.report.tables import budget_name
+from kvfactory.results import Row, load_rows
+from kvfactory.settings import settings_of
+from kvfactory.sweep import Job, full_cache_bytes, make_jobs
+
+ROOT = Path(__file__).parent.parent
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "methods.md"
+BUDGETS, LENGTH, PROMPT, BUDGET, REPEATS = (64, 128, 256), 1024, 2048, 128, 3
+VARIANTS = [
+    "headkv:head_table=docs/heads/SmolLM2-135M-Instruct.json",
+    "duoattention:head_patterns=docs/heads/SmolLM2-135M-Instruct.json",
+    "h2o:decode_budget=same",
+    "streamingllm:decode_budget=same:cache_positions=true",
+    "snapkv:merge=pivot",
+    "snapkv:merge=weighted",
+    "snapkv:merge=kvmerger",
+    "snapkv:allocator=layer-table:layer_table=docs/heads/SmolLM2-135M-Instruct-layers.json",
+]
+"""Lines beside those of the methods themselves."""
+HEADS = [
+    "method",
+    "acts in",
+    "reads attention of",
+    "prefill",
+    "allocators",
+    "merges",
+    f"MiB at {BUDGET} of {PROMPT}",
+    "of full",
+    "compress s",
+    *(f"needle {budget}" for budget in BUDGETS),
+]
+
+
+def built_in(registry: Registry) -> list[str]:
+    """Methods that come with kvfactory, by name."""
+    return sorted(name for name, entry in registry.methods.items() if entry.plugin.distribution == "kvfactory")
+
+
+def readme_table(registry: Registry) -> str:
+    """Every method in a line."""
+    lines = [(f"`{each.name}`", each.paper, each.does) for each in facts(registry, built_in(registry))]
+    return markdown(["method", "paper", "what it does"], lines)
+
+
+def settings_table(registry: Registry) -> str:
+    """Settings of each method and part; those that all evicting methods have are explained once, above the table."""
+    common = {each.name for each in fields(EvictionMethod)}
+    own = {f"`{name}`": registry.own_settings(name).values() for name in built_in(registry)}
+    texts = {name: settings_text(each for each in known if each.name not in common) for name, known in own.items()}
+    for kind, shelf in registry.parts.items():
+        texts |= {f"`--{kind} {name}`": settings_text(settings_of(part).values()) for name, part in shelf.items()}
+    return markdown(["method or part", "settings and their defaults"], texts.items())
+
+
+def words(registry: Registry) -> dict[str, list[str]]:
+    """The columns that need no measurement, by method."""
+    return {
+        each.name: [each.acts_in, each.reads, each.prefill, each.allocators, each.merges]
+        for each in facts(registry, built_in(registry))
+    }
+
+
+def table(registry: Registry, numbers: dict[str, list[str]]) -> str:
+    """The big table: a line for each method, and below it one for each of its variants."""
+    known = words(registry)
+    lines: list[list[str]] = []
+    for name in known:
+        lines.append([f"`{name}`", *known[name], *numbers.get(name, ["?"] * (3 + len(BUDGETS)))])
+        lines += [[f"`{each}`", *[""] * 5, *numbers[each]] for each in numbers if each.startswith(f"{name}:")]
+    return markdown(HEADS, lines)
+
+
+def read_numbers(text: str) -> dict[str, list[str]]:
+    """The measured columns of a page, as they are."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in between(text, "table").splitlines()[2:]]
+    return {line[0].strip("`"): line[6:] for line in lines}
+
+
+def between(text: str, name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- end of {name} -->", text, re.DOTALL)
+    if not found:
+        raise UserError(f"the page has no '<!-- {name} -->' and '<!-- end of {name} -->' to write between")
+    return found[1]
+
+
+def put(page: Path, name: str, content: str) -> None:
+    text = page.read_text("utf-8")
+    page.write_text(text.replace(f"<!-- {name} -->\n{between(text, name)}", f"<!-- {name} -->\n{content}", 1), "utf-8")
+
+
+def find_needles(specs: Sequence[str], folder: Path) -> list[Row]:
+    """20 needles of four digits for each method and budget; rows that are there already are not run again."""
+    arguments = ["--method", ",".join(specs), "--max_capacity_prompts", ",".join(map(str, BUDGETS))]
+    arguments += ["--context_lengths", str(LENGTH), "--samples", "4", "--save_dir", str(folder)]
+    subprocess.run([sys.executable, ROOT / "runners" / "run_needle_in_haystack.py", *arguments], check=True)
+    return load_rows(folder)
+
+
+def costs(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """Of one prompt: MiB kept, the share of a full cache, and seconds to compress, the median of a few passes."""
+    model, tokenizer = load_model()
+    text = load_haystack(None).text
+    ids = tokenizer.encode(text)[:PROMPT]
+    engine, methods = Engine(model, tokenizer), [job.method for job in jobs]
+    passes = [engine.prefill(ids, methods) for _ in range(1 + REPEATS)][1:]  # the first one warms up
+    found = {}
+    for job, *sequences in zip(jobs, *passes, strict=True):
+        held = sequences[0].cache.nbytes()
+        seconds = median(each.cache.compress_seconds for each in sequences)
+        share = held / full_cache_bytes(model, len(ids))
+        found[job.label] = [f"{held / 2**20:.2f}", f"{share:.1%}", f"{seconds:.2f}"]
+    return found
+
+
+def scores(rows: Iterable[Row], label: str) -> list[str]:
+    """Percent of needles found, one text a budget."""
+    found: dict[object, list[float]] = {}
+    for row in rows:
+        if row["method"] == label:
+            found.setdefault(budget_name(row["budget"]), []).append(row["score"])
+    means = {budget: f"{100 * sum(each) / len(each):.0f}" for budget, each in found.items()}
+    return [means.get(budget, means.get("full", "-")) for budget in BUDGETS]
+
+
+@click.command(help=__doc__)
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Run the model, or keep the numbers.")
+@click.option("--save_dir", type=click.Path(path_type=Path), default=Path("results/methods"), show_default=True)
+def write(measure: bool, save_dir: Path) -> None:
+    registry = get_registry()
+    put(README, "methods", readme_table(registry))
+    put(PAGE, "settings", settings_table(registry))
+    numbers = read_numbers(PAGE.read_text("utf-8"))
+    if measure:
+        specs = [*built_in(registry), *VARIANTS]
+        rows = find_needles(specs, save_dir)
+        numbers = {
+            label: [*cost, *scores(rows, label)] for label, cost in costs(make_jobs(registry, specs, [BUDGET])).items()
+        }
+    put(PAGE, "table", table(registry, numbers))
+    click.echo(f"wrote {PAGE} and {README}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_command(lambda _: write, arguments)
+
+
+if __name__ == "__main__":
+    main()

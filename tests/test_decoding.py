@@ -1,0 +1,159 @@
+"""Eviction while decoding: any scorer's decode-time form, against slow and obvious versions, and over long generations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from kvfactory import Engine, UserError, load_method
+from kvfactory.engine import DecodeRow
+from kvfactory.registry import get_registry
+from kvfactory.testing import compress_layer, tiny_model, tiny_prompts
+
+REGISTRY = get_registry()
+ALL = sorted(name for name, entry in REGISTRY.methods.items() if entry.plugin.distribution == "kvfactory")
+EVICTING = [name for name in ALL if REGISTRY.has_budget(name)]
+
+
+GROWING = {"l2norm", "duoattention"}
+"""Methods that leave some layers or heads whole, by definition, and hold the others to a budget."""
+
+
+def holds_a_budget(name: str) -> bool:
+    """Whether the method has a decode-time form."""
+    try:
+        REGISTRY.load_method(name, 32, decode_budget="same")
+    except UserError:
+        return False
+    return True
+
+
+def layer(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(heads, tokens, 8, generator=generator) for heads in (4, 2, 2))
+    return q, k, v
+
+
+def step(store: object, q: Tensor, k: Tensor, v: Tensor, at: int) -> None:
+    """One token through a store that asks for no weights."""
+    store.append(k[:, at : at + 1], v[:, at : at + 1], at)  # type: ignore[attr-defined]
+    store.read(q[:, at : at + 1])  # type: ignore[attr-defined]
+    store.observe(None)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_window_scores_what_is_stored_again(interval: int) -> None:
+    """SnapKV's decode-time form: each eviction goes by the attention of the last queries over what is still there."""
+    budget, window, prompt = 16, 3, 30
+    q, k, v = layer(60)
+    method = load_method(
+        "snapkv", budget=budget, window_size=window, kernel_size=3, decode_budget="same", decode_interval=interval
+    )
+    store = compress_layer(method, *(x[:, :prompt] for x in (q, k, v)))
+    kept = [each.tolist() for each in store.positions()]
+    for at in range(prompt, 60):
+        step(store, q, k, v, at)
+        for head in range(2):
+            kept[head].append(at)
+            if len(kept[head]) > budget:
+                kept[head] = chosen(q, k, kept[head], head, at, window, budget - interval + 1)
+        assert [each.tolist() for each in store.positions()] == kept
+        for head, positions in enumerate(kept):
+            assert torch.equal(store.keys()[head], k[head, positions])
+            assert torch.equal(store.values()[head], v[head, positions])
+
+
+def chosen(q: Tensor, k: Tensor, kept: list[int], head: int, now: int, window: int, budget: int) -> list[int]:
+    """What SnapKV keeps of one KV head's entries, by loops."""
+    votes = torch.zeros(len(kept))
+    for query_head in (2 * head, 2 * head + 1):
+        for at in range(now - window + 1, now + 1):
+            logits = torch.tensor([float(q[query_head, at] @ k[head, j]) / 8**0.5 if j <= at else -1e30 for j in kept])
+            votes += logits.softmax(0) / 2
+    pooled = max_pool1d(votes[None, None, :-window], 3, 1, 1)[0, 0].tolist()
+    best = sorted(range(len(pooled)), key=lambda index: (-pooled[index], index))[: budget - window]
+    return [*(kept[index] for index in sorted(best)), *kept[-window:]]
+
+
+def test_a_number_is_held_in_place_of_the_budget() -> None:
+    """A prompt may keep more than generation, and less."""
+    q, k, v = layer(80)
+    for held in (12, 40):
+        method = load_method("snapkv", budget=24, window_size=4, decode_budget=held)
+        store = compress_layer(method, *(x[:, :50] for x in (q, k, v)))
+        assert store.lengths() == [24, 24]
+        lengths = []
+        for at in range(50, 80):
+            step(store, q, k, v, at)
+            lengths.append(store.lengths()[0])
+        assert lengths[0] == min(25, held) and lengths[-1] == held == max(lengths)
+
+
+def test_heads_of_a_ragged_layer_hold_what_each_was_given() -> None:
+    q, k, v = layer(80)
+    method = load_method("adakv", budget=24, window_size=4, floor=0.0, decode_budget="same")
+    store = compress_layer(method, *(x[:, :50] for x in (q, k, v)))
+    given = store.lengths()
+    assert len(set(given)) == 2, "heads that deserve the same would test nothing"
+    for at in range(50, 80):
+        step(store, q, k, v, at)
+        assert store.lengths() == given
+
+
+def test_a_chunk_of_new_tokens_is_cut_to_the_budget_once_it_was_read() -> None:
+    q, k, v = layer(80)
+    store = compress_layer(
+        load_method("snapkv", budget=16, window_size=4, decode_budget="same"), q[:, :50], k[:, :50], v[:, :50]
+    )
+    store.append(k[:, 50:57], v[:, 50:57], 50)
+    assert store.read(q[:, 50:57]).keys.shape[1] == 23
+    store.observe(None)
+    assert store.lengths() == [16, 16]
+    assert all(positions[-4:].tolist() == [53, 54, 55, 56] for positions in store.positions())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"decode_budget": 8}, "--decode_budget 8"),
+        ({"decode_budget": 16, "decode_interval": 9}, "each eviction frees 9"),
+        ({"decode_interval": 4}, "without --decode_budget"),
+        ({"decode_budget": "same", "decode_interval": 0}, "--decode_interval is 0"),
+        ({"decode_budget": "some"}, "whole number or same"),
+    ],
+)
+def test_a_decode_budget_that_cannot_be_held_is_refused(settings: dict[str, object], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        load_method("snapkv", budget=32, window_size=8, **settings)
+
+
+def test_600_tokens_are_generated_within_the_budget() -> None:
+    """At no step does any store hold more than the budget and the step's own token, and bytes stop growing at once."""
+    budget, names = 32, [name for name in EVICTING if holds_a_budget(name)]
+    assert {"h2o", "streamingllm", "snapkv"} <= set(names)
+    methods = [load_method(name, budget=budget, decode_budget="same") for name in names]
+    ids, _ = tiny_prompts(60)
+    engine = Engine(tiny_model())
+    rows = [DecodeRow(sequence, 600, stop=()) for sequence in engine.prefill(ids[0], methods)]
+    most: dict[str, list[int]] = {name: [] for name in names}
+    active = rows
+    while active:
+        active = engine.step(active)
+        for name, row in zip(names, rows, strict=True):
+            most[name].append(row.sequence.cache.nbytes())
+    for name, row in zip(names, rows, strict=True):
+        assert len(row.sequence.tokens) == 600
+        stores = row.sequence.cache.stores
+        if name in GROWING:
+            assert any(min(store.lengths()) <= budget for store in stores), name
+        else:
+            heads = sum(len(store.lengths()) for store in stores)
+            assert sum(sum(store.lengths()) for store in stores) <= heads * budget + 3, (
+                f"{name}; counts of heads are rounded"
+            )
+            bookkeeping = most[name][0] - sum(x.nbytes for store in stores for x in (*store.keys(), *store.values()))
+            entry = 2 * 8 * 4  # keys and values, dimensions, float32
+            assert max(most[name]) <= heads * (budget + 1) * (entry + 4) + bookkeeping, name
+            assert max(most[name]) == max(most[name][:40]), f"{name} grows"
