@@ -17,17 +17,12 @@ ALL = sorted(name for name, entry in REGISTRY.methods.items() if entry.plugin.di
 EVICTING = [name for name in ALL if REGISTRY.has_budget(name)]
 
 
-GROWING = {"l2norm", "duoattention"}
-"""Methods that leave some layers or heads whole, by definition, and hold the others to a budget."""
+HELD = ["adakv", "h2o", "snapkv", "streamingllm"]
+"""Methods that hold a budget on request; those that always do are found by their default."""
 
 
-def holds_a_budget(name: str) -> bool:
-    """Whether the method has a decode-time form."""
-    try:
-        REGISTRY.load_method(name, 32, decode_budget="same")
-    except UserError:
-        return False
-    return True
+def always_holds(name: str) -> bool:
+    return REGISTRY.settings(name)["decode_budget"].default == "same"
 
 
 def layer(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,30 +125,43 @@ def test_a_decode_budget_that_cannot_be_held_is_refused(settings: dict[str, obje
 
 
 def test_600_tokens_are_generated_within_the_budget() -> None:
-    """At no step does any store hold more than the budget and the step's own token, and bytes stop growing at once."""
-    budget, names = 32, [name for name in EVICTING if holds_a_budget(name)]
-    assert {"h2o", "streamingllm", "snapkv"} <= set(names)
+    """No store ever holds more than the budget and the step's own token, bookkeeping aside, and bytes stop growing."""
+    budget, layers, heads, entry = 32, 3, 2, 2 * 8 * 4 + 4  # keys and values in float32, and a position
+    names = [*HELD, *(name for name in EVICTING if always_holds(name) and name != "duoattention")]
+    assert {"slidingwindow", "tova", "scissorhands", "lru", "rkv"} <= set(names)
     methods = [load_method(name, budget=budget, decode_budget="same") for name in names]
     ids, _ = tiny_prompts(60)
     engine = Engine(tiny_model())
     rows = [DecodeRow(sequence, 600, stop=()) for sequence in engine.prefill(ids[0], methods)]
-    most: dict[str, list[int]] = {name: [] for name in names}
+    held: dict[str, list[int]] = {name: [] for name in names}
     active = rows
     while active:
         active = engine.step(active)
         for name, row in zip(names, rows, strict=True):
-            most[name].append(row.sequence.cache.nbytes())
+            held[name].append(row.sequence.cache.nbytes())
     for name, row in zip(names, rows, strict=True):
-        assert len(row.sequence.tokens) == 600
         stores = row.sequence.cache.stores
-        if name in GROWING:
-            assert any(min(store.lengths()) <= budget for store in stores), name
-        else:
-            heads = sum(len(store.lengths()) for store in stores)
-            assert sum(sum(store.lengths()) for store in stores) <= heads * budget + 3, (
-                f"{name}; counts of heads are rounded"
-            )
-            bookkeeping = most[name][0] - sum(x.nbytes for store in stores for x in (*store.keys(), *store.values()))
-            entry = 2 * 8 * 4  # keys and values, dimensions, float32
-            assert max(most[name]) <= heads * (budget + 1) * (entry + 4) + bookkeeping, name
-            assert max(most[name]) == max(most[name][:40]), f"{name} grows"
+        assert len(row.sequence.tokens) == 600
+        assert sum(sum(store.lengths()) for store in stores) <= layers * heads * budget + (3 if name == "adakv" else 0)
+        bookkeeping = sum(extra(store, budget + 1) for store in stores)
+        assert max(held[name]) <= layers * heads * (budget + 1) * entry + bookkeeping, name
+        assert max(held[name]) == max(held[name][:40]), f"{name} grows"
+
+
+def extra(store: object, entries: int) -> int:
+    """Most bytes that a store holds beside keys, values and positions: the latest queries, and a record of each entry."""
+    parts = getattr(store, "_stores", [store])  # the heads of a ragged layer
+    queries = sum(part._queries.nbytes for part in parts if hasattr(part, "_queries"))
+    records = [part._state for part in parts if hasattr(part, "_state")]
+    return queries + sum(each.nbytes // each.shape[1] * entries for each in records) + 8 * len(parts)
+
+
+def test_retrieval_heads_grow_and_streaming_heads_do_not() -> None:
+    ids, _ = tiny_prompts(60)
+    engine = Engine(tiny_model())
+    (sequence,) = engine.prefill(ids[0], [load_method("duoattention", budget=32)])
+    before = [length for store in sequence.cache.stores for length in store.lengths()]
+    engine.decode([sequence], 41)
+    after = [length for store in sequence.cache.stores for length in store.lengths()]
+    assert [length for length in before if length == 60] and [length for length in before if length < 32]
+    assert after == [length + 40 if length == 60 else length for length in before]
