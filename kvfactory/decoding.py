@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -29,14 +30,10 @@ class BoundedStore(DenseStore):
         self._method = method if capacity is None else method.down_to(self._left)
         limit = None if capacity is None else capacity + self.spare
         super().__init__(*method.gather(layer, kept), kept.int(), limit=limit)
-        self._layer_index, self._num_layers = layer.layer_index, layer.num_layers
-        self._inverse_frequencies = layer.inverse_frequencies
+        place = layer.layer_index, layer.num_layers
+        self._as_layer = partial(LayerContext, *place, inverse_frequencies=layer.inverse_frequencies)
         self._recent = method.recent_queries
         self._queries = layer.queries[:, max(0, layer.num_tokens - self._recent) :].clone()
-
-    def nbytes(self) -> int:
-        shared = self._inverse_frequencies  # the model's own
-        return super().nbytes() - (0 if shared is None else shared.numel() * shared.element_size())
 
     def read(self, query: Tensor) -> Reading:
         if self._recent:
@@ -52,15 +49,8 @@ class BoundedStore(DenseStore):
 
     def _layer(self) -> LayerContext:
         """What is stored, as a layer to score."""
-        return LayerContext(
-            self._layer_index,
-            self._num_layers,
-            self._queries,
-            self._keys[:, : self._length],
-            self._values[:, : self._length],
-            inverse_frequencies=self._inverse_frequencies,
-            listed_positions=self._all_positions(),
-        )
+        keys, values = self._keys[:, : self._length], self._values[:, : self._length]
+        return self._as_layer(self._queries, keys, values, listed_positions=self._all_positions())
 
 
 class SlidingStore(BoundedStore):

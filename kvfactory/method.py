@@ -210,7 +210,7 @@ class EvictionMethod(Method):
 
     def gather(self, layer: LayerContext, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [stored heads, count, head_dim] of the kept positions, with what others leave in them."""
-        if self.merge is None or kept.shape[1] == layer.num_tokens:
+        if self.merge is None or kept.shape[1] in (0, layer.num_tokens):  # nothing goes, or nothing stays to take it
             return layer.gather(kept)
         heads = len(kept)
         return self.merge.merge(spread(layer.keys, heads), spread(layer.values, heads), kept, self.shared_scores(layer))

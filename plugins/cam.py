@@ -107,7 +107,7 @@ class CamMerge(Merge):
     def _merge_evicted(self, keys: Tensor, values: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
         budget, (heads, count), tokens = self.merge_budget, kept.shape, scores.shape[1]
         gone = evicted(kept, tokens)
-        place = torch.searchsorted(kept, gone)  # of the first kept token behind it
+        place = torch.searchsorted(kept.contiguous(), gone)  # of the first kept token behind it
         if self.denominator == "next":
             takers = (count - torch.arange(count + 1, device=kept.device)).clamp(max=budget)
             attention = pad(entries(scores, kept), (0, budget)).unfold(1, budget, 1).sum(-1)

@@ -41,7 +41,7 @@ VARIANTS = [
     "snapkv:merge=pivot",
     "snapkv:merge=weighted",
     "snapkv:merge=kvmerger",
-    "snapkv:allocator=layer-table:layer_table=docs/heads/SmolLM2-135M-Instruct-layers.json",
+    "streamingllm:allocator=head-table:head_table=docs/heads/SmolLM2-135M-Instruct.json",
 ]
 """Lines beside those of the methods themselves."""
 HEADS = [

@@ -209,7 +209,7 @@ class Signed(EvictionMethod):
 
 
 def test_scores_below_zero_make_no_probabilities() -> None:
-    with pytest.raises(UserError, match="cam weighs"):
+    with pytest.raises(UserError, match="cam takes scores for weights"):
         Signed(budget=9, merge=CamMerge())
 
 

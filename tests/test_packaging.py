@@ -132,7 +132,7 @@ def test_every_command_is_there(environment: Environment) -> None:
 
 def test_a_third_party_is_listed_with_its_package_and_version(environment: Environment) -> None:
     listed = check(environment.run("kvfactory", "methods"))
-    assert re.search(r"^a2sf +kvf-a2sf 1\.0\.0, uniform ", listed, re.MULTILINE)
+    assert re.search(r"^a2sf +kvf-a2sf 1\.0\.0, allocator uniform$", listed, re.MULTILINE)
     assert re.search(rf"^snapkv +kvfactory {re.escape(metadata.version('kvfactory'))}, ", listed, re.MULTILINE)
 
 
