@@ -39,17 +39,17 @@ class BelowAverage:
         return attention.new_zeros(heads, tokens, -(-self.window // 8), dtype=torch.uint8)
 
     def add(self, record: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        attention = attention[:, -self.window :]
         queries, tokens = attention.shape[1:]
         entry = torch.arange(tokens, device=attention.device)
         seen = entry[-queries:, None] + 1
         average = attention.sum(-1, keepdim=True) / seen
         below = ((attention < average) & (entry < seen)).byte()
-        record = record.clone()
-        for query, slot in enumerate((positions[0, -queries:] % self.window).split(1)):
-            byte, bit = slot // 8, (slot % 8).byte()
-            others = record[..., byte] & ~(torch.ones_like(bit) << bit)
-            record[..., byte] = others | below[:, query, :, None] << bit
-        return record
+        slot = positions[0, -queries:] % self.window  # each query's own, for there are no more queries than slots
+        bit = torch.ones_like(slot, dtype=torch.uint8) << (slot % 8).byte()
+        old = torch.zeros_like(record[0, 0]).index_add(0, slot // 8, bit)
+        new = torch.zeros_like(record).index_add(2, slot // 8, (below * bit[:, None]).transpose(1, 2))
+        return record & ~old | new
 
     def value(self, record: Tensor) -> Tensor:
         bits = torch.arange(8, dtype=torch.uint8, device=record.device)

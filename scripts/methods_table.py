@@ -38,6 +38,7 @@ VARIANTS = [
     "duoattention:head_patterns=docs/heads/SmolLM2-135M-Instruct.json",
     "h2o:decode_budget=same",
     "streamingllm:decode_budget=same:cache_positions=true",
+    "snapkv:kernel_size=1",
     "snapkv:merge=pivot",
     "snapkv:merge=weighted",
     "snapkv:merge=kvmerger",
@@ -46,6 +47,7 @@ VARIANTS = [
 """Lines beside those of the methods themselves."""
 HEADS = [
     "method",
+    "paper",
     "acts in",
     "reads attention of",
     "prefill",
@@ -82,7 +84,7 @@ def settings_table(registry: Registry) -> str:
 def words(registry: Registry) -> dict[str, list[str]]:
     """The columns that need no measurement, by method."""
     return {
-        each.name: [each.acts_in, each.reads, each.prefill, each.allocators, each.merges]
+        each.name: [each.paper, each.acts_in, each.reads, each.prefill, each.allocators, each.merges]
         for each in facts(registry, built_in(registry))
     }
 
@@ -93,14 +95,14 @@ def table(registry: Registry, numbers: dict[str, list[str]]) -> str:
     lines: list[list[str]] = []
     for name in known:
         lines.append([f"`{name}`", *known[name], *numbers.get(name, ["?"] * (3 + len(BUDGETS)))])
-        lines += [[f"`{each}`", *[""] * 5, *numbers[each]] for each in numbers if each.startswith(f"{name}:")]
+        lines += [[f"`{each}`", *[""] * 6, *numbers[each]] for each in numbers if each.startswith(f"{name}:")]
     return markdown(HEADS, lines)
 
 
 def read_numbers(text: str) -> dict[str, list[str]]:
     """The measured columns of a page, as they are."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in between(text, "table").splitlines()[2:]]
-    return {line[0].strip("`"): line[6:] for line in lines}
+    return {line[0].strip("`"): line[7:] for line in lines}
 
 
 def between(text: str, name: str) -> str:
@@ -126,7 +128,7 @@ def find_needles(specs: Sequence[str], folder: Path) -> list[Row]:
 def costs(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """Of one prompt: MiB kept, the share of a full cache, and seconds to compress, the median of a few passes."""
     model, tokenizer = load_model()
-    text = load_haystack(None).text
+    text = load_haystack(None).text[: 10 * PROMPT]  # more characters than so many tokens have
     ids = tokenizer.encode(text)[:PROMPT]
     engine, methods = Engine(model, tokenizer), [job.method for job in jobs]
     passes = [engine.prefill(ids, methods) for _ in range(1 + REPEATS)][1:]  # the first one warms up

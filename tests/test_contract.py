@@ -101,9 +101,8 @@ class TestAdaKVQueryHeads(MethodContract):
 def test_every_method_has_a_contract_test() -> None:
     """In this file or in the one of its kind."""
     files = [file.read_text("utf-8") for file in Path(__file__).parent.glob("test_*.py")]
-    contracts = {
-        name.lower() for text in files for name in re.findall(r"^class Test(\w+)\(\w*Contract\)", text, re.MULTILINE)
-    }
+    contract = re.compile(r"^class Test(\w+)\(\w*Contract\)", re.MULTILINE)
+    classes = [name.lower() for text in files for name in contract.findall(text)]
     built_in = {name for name, entry in get_registry().methods.items() if entry.plugin.distribution == "kvfactory"}
-    tested = {name for name in built_in if any(each.lower().startswith(name.replace("_", "")) for each in classes)}
+    tested = {name for name in built_in if any(each.startswith(name.replace("_", "")) for each in classes)}
     assert tested == built_in

@@ -64,7 +64,8 @@ def _facts(registry: Registry, name: str, layer_table: str) -> Facts:
     acts_in = "-"
     if issubclass(cls, EvictionMethod):
         default = registry.settings(name)["decode_budget"].default
-        acts_in = "prompt; steps on request" if default is None else "prompt and steps"
+        refused = refusal(registry, name, {}, layer_table, decode_budget="same")
+        acts_in = "prompt and steps" if default else "prompt alone" if refused else "prompt; steps on request"
     return Facts(
         name,
         arxiv,
