@@ -64,9 +64,12 @@ class BudgetType(click.ParamType):
     name = "budget"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Share:
-        if str(value).endswith("%"):
-            return convert("max_capacity_prompts", value, Share)
-        return PositiveInt().convert(value, param, ctx)
+        budget: int | Share = convert("max_capacity_prompts", value, int | Share)
+        if isinstance(budget, int) and budget < 1:
+            self.fail(
+                f"'{value}' is no budget; it is 1 entry or more, or a share of the prompt such as 10%", param, ctx
+            )
+        return budget
 
 
 class PositiveInt(click.IntRange):
@@ -120,17 +123,31 @@ def method_options(registry: Registry) -> list[click.Option]:
         for name, part in shelf.items():
             for setting in settings_of(part).values():
                 owners.setdefault(setting.name, {})[f"{kind} {name}"] = setting.default
+    evicting = sum(registry.has_budget(name) for name in registry.methods)
     return [
-        click.Option([f"--{setting}"], default=None, help=_owners(defaults), metavar="VALUE")
+        click.Option([f"--{setting}"], default=None, help=_help(setting, defaults, evicting), metavar="VALUE")
         for setting, defaults in owners.items()
     ]
 
 
-def _owners(defaults: dict[str, Any]) -> str:
+COMMON_HELP = {
+    "kv_cache_granularity": "Store once per KV head, or once per query head: kv_head, query_head.",
+    "decode_budget": "Entries a head holds while decoding: a number, same as after the prompt, or none for no limit.",
+    "decode_interval": "Entries that an eviction while decoding frees: a number, or a percentage of those held.",
+    "gqa_score_agg": "How query heads that share a KV head vote: mean, max, sum.",
+}
+"""What settings mean that most methods have."""
+
+
+def _help(setting: str, defaults: dict[str, Any], evicting: int) -> str:
     by_default: dict[str, list[str]] = {}
     for name, default in defaults.items():
         by_default.setdefault(str(default), []).append(name)
-    return "; ".join(f"{', '.join(names)} [default: {default}]" for default, names in by_default.items())
+    if len(defaults) == evicting:  # every method that evicts: name those alone that differ from most
+        most = max(by_default, key=lambda default: len(by_default[default]))
+        by_default[most] = ["all others"] if len(by_default) > 1 else ["all that evict"]
+    owners = "; ".join(f"{', '.join(names)} [default: {default}]" for default, names in by_default.items())
+    return f"{COMMON_HELP[setting]}  {owners}" if setting in COMMON_HELP else owners
 
 
 PART_HELP = {

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from kvfactory.cli import registry_for, run_command
 from kvfactory.registry import Registry
+from kvfactory.report.methods import first_line
 
 
 def methods_command(registry: Registry) -> click.Command:
@@ -20,6 +21,7 @@ def methods_command(registry: Registry) -> click.Command:
         for name, entry in sorted(registry.methods.items()):
             split = "".join(f", {kind} {part}" for kind, part in registry.parts_of(name).items())
             console.print(Text.assemble((name, "bold"), f"  {entry.plugin}{split}"))
+            console.print(Padding(Text(first_line(registry, name)[0]), (0, 0, 0, 4)))
             settings = "  ".join(f"{each.name}={each.default}" for each in registry.settings(name).values())
             if settings:
                 console.print(Padding(Text(settings), (0, 0, 0, 4)))

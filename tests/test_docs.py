@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -35,7 +35,7 @@ from kvfactory.benchmarks.needle import STYLES, Needle
 from kvfactory.cli import GROWING, HARMLESS, sweep_command
 from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
 from kvfactory.registry import Registry, get_registry
-from kvfactory.report.methods import FIRST_LINE, facts, markdown
+from kvfactory.report.methods import FIRST_LINE
 from kvfactory.report.tables import summarise
 from kvfactory.results import RunFolder
 from kvfactory.sweep import Sweep, make_jobs
@@ -275,15 +275,32 @@ def test_what_may_change_on_resume_is_listed() -> None:
         assert f" {', '.join(f'`--{flag}`' for flag in flags)}." in section.replace("\n", " ")
 
 
-def methods_table() -> str:
-    """README's table, from the first line of each plugin."""
-    lines = [(f"`{each.name}`", each.paper, each.does) for each in facts(get_registry(), BUILT_IN)]
-    return markdown(["method", "paper", "what it does"], lines)
+def methods_script() -> Any:
+    spec = importlib.util.spec_from_file_location("methods_table", ROOT / "scripts" / "methods_table.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
-def test_the_readme_lists_every_method() -> None:
-    listed = README.split("<!-- methods -->\n")[1].split("\n<!-- end of methods -->")[0]
-    assert listed == methods_table(), f"put this into README.md:\n{methods_table()}"
+def test_the_tables_of_methods_are_those_that_the_script_writes() -> None:
+    """All but the measured columns, which are taken as they stand."""
+    script, registry, page = methods_script(), get_registry(), TEXTS["docs/methods.md"]
+    stale = "run `python scripts/methods_table.py --no-measure`"
+    assert script.between(README, "methods") == script.readme_table(registry), stale
+    assert script.between(page, "settings") == script.settings_table(registry), stale
+    numbers = script.read_numbers(page)
+    assert script.between(page, "table") == script.table(registry, numbers), stale
+    assert {*BUILT_IN, *map(str.lower, script.VARIANTS)} == set(numbers)
+    assert all(re.fullmatch(r"[\d.]+%?", each) for line in numbers.values() for each in line), (
+        "nothing is left unmeasured"
+    )
+
+
+def test_the_readme_lists_every_part() -> None:
+    flags = dict(re.findall(r"^\| `--(allocator|merge)` \| (.+) \|$", README, re.MULTILINE))
+    for kind, shelf in get_registry().parts.items():
+        assert set(shelf) <= set(re.findall(r"`([\w-]+)`", flags[kind])), kind
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
