@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import getattr_static
+from types import FunctionType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -225,7 +227,7 @@ class EvictionMethod(Method):
     @cached_property
     def _score_key(self) -> tuple[Any, ...]:
         apart = ("budget", "allocator", "merge", "decode_budget", "decode_interval")
-        return type(self).score, *(getattr(self, each.name) for each in fields(self) if each.name not in apart)
+        return _behaviour(type(self)), *(getattr(self, each.name) for each in fields(self) if each.name not in apart)
 
     def capacity(self, tokens: int, kept: int) -> int | None:
         """Entries that a head may hold while decoding which kept so many of a prompt's tokens; None: any number."""
@@ -251,6 +253,13 @@ class EvictionMethod(Method):
     @classmethod
     def _usual_interval(cls) -> Any:
         return next(each.default for each in fields(cls) if each.name == "decode_interval")
+
+
+@cache
+def _behaviour(cls: type) -> tuple[Any, ...]:
+    """All functions and properties of a class: methods with the same ones score alike, whatever they are called."""
+    found = (getattr_static(cls, name) for name in dir(cls) if not name.startswith("__"))
+    return tuple(each for each in found if isinstance(each, (FunctionType, property)))
 
 
 @dataclass(frozen=True, kw_only=True)

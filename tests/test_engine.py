@@ -23,6 +23,7 @@ from kvfactory import (
     Reading,
     Sequence,
     Store,
+    TrackingMethod,
     compress,
     load_method,
 )
@@ -350,6 +351,42 @@ def test_no_tokens_have_no_losses() -> None:
     engine = Engine(tiny_model())
     sequences = engine.prefill(prompt(), [fullkv()] * 2)
     assert [each.shape for each in engine.score(sequences, [])] == [(0,), (0,)]
+
+
+# ---- shared scores ----
+
+
+def test_methods_share_scores_if_they_score_alike_and_not_otherwise() -> None:
+    """By what they do, not by their settings alone: two of a kind may have the same ones."""
+
+    class First(TrackingMethod):
+        def track_prompt(self, layer: LayerContext) -> Tensor:
+            return self.per_stored_head(layer, layer.attention_mass())
+
+        def track_step(self, state: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+            return state
+
+        def value(self, state: Tensor, positions: Tensor) -> Tensor:
+            return state
+
+    class Second(First):
+        def value(self, state: Tensor, positions: Tensor) -> Tensor:
+            return -state
+
+    class Renamed(First):
+        pass
+
+    q, k, v = (torch.randn(heads, 40, 8, generator=torch.Generator().manual_seed(1)) for heads in (4, 2, 2))
+    layer = LayerContext(0, 1, q, k, v)
+    first, second, renamed = (
+        cls(budget=10).compress(layer).positions()[0].tolist() for cls in (First, Second, Renamed)
+    )
+    assert first != second and first == renamed
+    alone = Second(budget=10).compress(LayerContext(0, 1, q, k, v)).positions()[0].tolist()
+    assert second == alone
+    assert layer.shared(First(budget=4)._score_key, lambda: None) is layer.shared(
+        Renamed(budget=9)._score_key, lambda: None
+    )
 
 
 # ---- positions ----

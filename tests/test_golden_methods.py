@@ -341,6 +341,7 @@ END_TO_END = {
     "h2o_query_head": ("h2o", {"kv_cache_granularity": "query_head"}),
     "h2o_kv_head": ("h2o", {}),
     "streamingllm_kv_head": ("streamingllm", {}),
+    "l2norm_kv_head": ("l2norm", {}),
 }
 
 
@@ -351,6 +352,7 @@ def test_end_to_end_on_the_embedded_model(shared: Path, embedded: Any) -> None:
     own = {
         "fullkv": {},
         "h2o": {"recent_size": 8},
+        "l2norm": {"skip_layers": (0, 1)},
         "streamingllm": {"sink_size": 4},
         "pyramidkv": {**shape, "beta": 20, "pyramid_schedule": "kvcache-factory"},
     }
