@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,19 +166,15 @@ def test_h2o_real_drop_through_the_prompt_and_each_step(shared: Path) -> None:
             torch.testing.assert_close(weights, golden[f"in_attn_step{step}"][0], rtol=1e-4, atol=1e-5)
             store.observe(weights)
         assert torch.equal(torch.stack(store.positions()), golden["out_kept"][step].long())
-        torch.testing.assert_close(store._mass[:, 0], golden["out_hh_score"][step], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(store._state[..., 0], golden["out_hh_score"][step], rtol=1e-4, atol=1e-5)
 
 
 def test_h2o_as_kvpress_scores(shared: Path) -> None:
     golden = Golden(shared, "h2o__kvpress_observed_attention")
     method = load_method("h2o", budget=8, average_over_queries=True)
     attention, keys = golden["in_attn"][0], golden["in_k"][0]
-    layer = SimpleNamespace(
-        attention_mass=lambda: attention.sum(1),
-        num_tokens=keys.shape[1],
-        kv_heads=len(keys),
-        query_heads=len(attention),
-    )
+    layer = LayerContext(0, 1, torch.zeros(len(attention), *keys.shape[1:]), keys, keys)
+    layer.shared("attention_mass", lambda: attention.sum(1))
     torch.testing.assert_close(method.score(layer), golden["out_score"][0], rtol=1e-4, atol=1e-5)
 
 
