@@ -132,6 +132,15 @@ class HeadTable(BudgetAllocator):
     def weighs_scores(self) -> bool:
         return self.head_table is None
 
+    @property
+    def notice(self) -> str | None:
+        if self.head_table is not None:
+            return None
+        return (
+            "without --head_table the heads of a layer share its budget by their scores on each prompt, and by no measure "
+            "of retrieval; scripts/score_heads.py makes a table"
+        )
+
     def counts(self, scores: Tensor, *, budget: int, protected: int, layer_index: int, num_layers: int) -> list[int]:
         heads, competing = scores.shape
         base = budget - protected

@@ -229,6 +229,8 @@ def run_sweep(
     console = Console()
     parts = {kind: flags[kind] for kind in registry.parts}
     jobs = make_jobs(registry, flags["method"], flags["max_capacity_prompts"], parts, settings)
+    for notice in dict.fromkeys(part.notice for job in jobs for part in job.method.parts() if part.notice):
+        print(f"notice: {notice}", file=sys.stderr)
     torch.set_num_threads(models.default_threads())
     _seed(flags["seed"])
     model, tokenizer = models.load_model(

@@ -45,6 +45,11 @@ class Method(ABC):
         """Called when the prompt has passed through all layers: their stores as they go into decoding, one a layer."""
         return stores
 
+    def parts(self) -> list[Part]:
+        """What it is composed with."""
+        held = (getattr(self, each.name) for each in fields(self))
+        return [part for part in held if isinstance(part, Part)]
+
     def settings(self) -> dict[str, Any]:
         """All settings by name, those of its parts among them."""
         flat: dict[str, Any] = {}
@@ -87,10 +92,10 @@ class EvictionMethod(Method):
                 f"budget {self.budget} leaves {type(self).__name__} nothing to choose: "
                 f"it always keeps {least - 1} tokens; give --max_capacity_prompts more than {least - 1}"
             )
-        for part in (self.allocator, self.merge):
+        for part in self.parts():
             require(
-                not (part and part.weighs_scores and self.signed_scores),
-                f"{part and part.name} takes scores for weights, and those of {type(self).__name__} may be below 0; "
+                not (part.weighs_scores and self.signed_scores),
+                f"{part.name} takes scores for weights, and those of {type(self).__name__} may be below 0; "
                 "choose another, or a setting of it that does not weigh",
             )
         self._check_decode_settings(least)

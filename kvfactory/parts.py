@@ -20,3 +20,8 @@ class Part:
     def weighs_scores(self) -> bool:
         """Whether this takes scores for weights, which scores below 0 are not."""
         return False
+
+    @property
+    def notice(self) -> str | None:
+        """What a user should be told before results are read, in one line, if there is anything."""
+        return None

@@ -222,12 +222,13 @@ class Registry:
         """
         entry = self.method_entry(name)
         own = settings_of(entry.attention)
-        for alias, meant in entry.attention.aliases.items():
-            if alias in settings and meant in settings:
-                raise UserError(f"{alias} and {meant} are one setting of {name}; give one of them")
-        settings = {entry.attention.aliases.get(each, each): value for each, value in settings.items()}
         chosen = {kind: settings.pop(kind) for kind in self.parts if kind in settings}
         known = self.settings(name, chosen)
+        aliases = {alias: meant for alias, meant in entry.attention.aliases.items() if alias not in known}
+        for alias, meant in aliases.items():
+            if alias in settings and meant in settings:
+                raise UserError(f"{alias} and {meant} are one setting of {name}; give one of them")
+        settings = {aliases.get(each, each): value for each, value in settings.items()}
         for each in settings:
             if each not in known:
                 raise unknown(f"setting of {name}:", each, known)

@@ -32,6 +32,7 @@ class NACL(AttentionScoredMethod):
     """Keeps the tokens that the proxies attend to most, and a random choice of the others."""
 
     reads: ClassVar[str] = "the proxies' queries"
+    aliases: ClassVar[dict[str, str]] = {"proxy_size": "window_size", "mode": "proxy_tokens"}
 
     window_size: int = 8
     """Proxy tokens, always kept."""

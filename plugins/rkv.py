@@ -33,6 +33,7 @@ class RKV(EvictionMethod):
 
     signed_scores: ClassVar[bool] = True
     reads: ClassVar[str] = "the window's queries"
+    aliases: ClassVar[dict[str, str]] = {"similarity_threshold": "redundancy_threshold"}
 
     window_size: int = 8
     """Observation window: the last queries, whose tokens are always kept."""

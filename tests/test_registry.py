@@ -377,6 +377,13 @@ def test_an_alias_is_its_setting() -> None:
     assert load_method("h2o", budget=32, window_size="6") == load_method("h2o", budget=32, recent_size=6)
 
 
+def test_an_alias_gives_way_to_a_part_that_has_the_name() -> None:
+    alone = load_method("rkv", budget=32, similarity_threshold=0.25)
+    merging = load_method("rkv", budget=32, merge="kvmerger", similarity_threshold=0.25)
+    assert alone.settings()["redundancy_threshold"] == 0.25
+    assert (merging.settings()["redundancy_threshold"], merging.settings()["similarity_threshold"]) == (0.5, 0.25)
+
+
 def test_an_alias_is_not_given_beside_its_setting() -> None:
     with says("window_size", "recent_size"):
         load_method("h2o", budget=32, window_size=6, recent_size=8)

@@ -109,6 +109,11 @@ def test_a_sweep_writes_a_row_for_each_example_method_and_budget(tiny: Path, tmp
     assert [(line["method"], line["budget"]) for line in lines][:3] == order
 
 
+def test_what_a_user_should_know_first_is_said_once(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run_needle(needle(tiny, tmp_path, method="headkv,headkv:beta=2", budgets="32,64")) == 0
+    assert capsys.readouterr().err.count("notice: without --head_table") == 1
+
+
 def test_needles_at_both_ends_are_cells_of_their_own(tiny: Path, tmp_path: Path) -> None:
     run_needle(needle(tiny, tmp_path))
     depths = [row["depth_percent"] for row in load_rows(tmp_path) if row["method"] == "snapkv"]
