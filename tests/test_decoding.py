@@ -9,6 +9,8 @@ from torch.nn.functional import max_pool1d
 
 from kvfactory import Engine, UserError, load_method
 from kvfactory.engine import DecodeRow
+from kvfactory.merge import entries
+from kvfactory.method import EvictionMethod
 from kvfactory.registry import get_registry
 from kvfactory.testing import compress_layer, tiny_model, tiny_prompts
 
@@ -107,6 +109,42 @@ def test_a_chunk_of_new_tokens_is_cut_to_the_budget_once_it_was_read() -> None:
     store.observe(None)
     assert store.lengths() == [16, 16]
     assert all(positions[-4:].tolist() == [53, 54, 55, 56] for positions in store.positions())
+
+
+@pytest.mark.parametrize("name", ["snapkv", "slidingwindow", "h2o"])
+@pytest.mark.parametrize("merge", ["pivot", "weighted"])
+def test_what_a_step_evicts_is_merged(name: str, merge: str) -> None:
+    """A prompt of the budget's length loses nothing, so that the first step's eviction is the first merge."""
+    budget = 16
+    q, k, v = layer(17)
+    own = {"window_size": 3} if name == "snapkv" else {}
+    method = load_method(name, budget=budget, merge=merge, decode_budget="same", **own)
+    store = compress_layer(method, *(x[:, :budget] for x in (q, k, v)))
+    store.append(k[:, budget:], v[:, budget:], budget)
+    read = store.read(q[:, budget:])
+    before = store.positions()
+    weights = (q[:, budget:] @ k.repeat_interleave(2, 0).transpose(1, 2) / 8**0.5).softmax(-1)
+    store.observe(weights if store.observes else None)
+    kept = torch.stack(store.positions())
+    evicting_first = len(before[0]) == budget  # room was made before the step, whose own token nothing was merged into
+    seen = budget if evicting_first else budget + 1
+    chosen = kept[:, :-1] if evicting_first else kept
+    assert isinstance(method, EvictionMethod) and method.merge is not None and isinstance(read.keys, Tensor)
+    keys, values = method.merge.merge(k[:, :seen], v[:, :seen], chosen, torch.zeros(2, seen))
+    assert not torch.equal(keys, entries(k, chosen)), "something was merged"
+    for held, merged, new in ((store.keys(), keys, k), (store.values(), values, v)):
+        expected = torch.cat([merged, new[:, budget:]], 1) if evicting_first else merged
+        torch.testing.assert_close(torch.stack(held), expected)
+
+
+def test_a_share_of_the_prompt_is_a_budget_of_its_own_for_each_prompt() -> None:
+    method = load_method("snapkv", budget="10%")
+    for tokens, budget in ((200, 20), (155, 15), (30, 9)):  # 3 would leave nothing beside the window of 8
+        q, k, v = layer(tokens)
+        shared, own = (compress_layer(each, q, k, v) for each in (method, load_method("snapkv", budget=budget)))
+        assert [each.tolist() for each in shared.positions()] == [each.tolist() for each in own.positions()]
+        assert shared.lengths() == [budget] * 2
+    assert method.settings()["budget"] == "10%"
 
 
 @pytest.mark.parametrize(

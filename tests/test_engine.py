@@ -27,6 +27,7 @@ from kvfactory import (
     compress,
     load_method,
 )
+from kvfactory.context import Prompt
 from kvfactory.engine import DecodeRow
 from kvfactory.models import load_tokenizer
 from kvfactory.registry import get_registry
@@ -472,6 +473,28 @@ def test_a_method_is_charged_as_if_it_ran_alone(clock: SimpleNamespace, order: t
     spent = clock.time - started
     assert sum(each.cache.own_seconds for each in shared) == spent == 3 * (len(order) + 2 + 4)
     assert [each.prefill_seconds for each in shared] == [0] * len(order), "compression is left out"
+
+
+class SlowToFinish(Slow):
+    """Takes a second for itself once the prompt is through, and shares a reading of five."""
+
+    def compress(self, layer: LayerContext) -> Store:
+        return DenseStore(layer.keys, layer.values)
+
+    def finish(self, stores: list[Store], prompt: Prompt) -> list[Store]:
+        self.work(1)
+        assert prompt.shared("reading", lambda: self.work(5)) == 5
+        return stores
+
+
+def test_a_second_look_at_the_prompt_is_charged_as_if_it_were_ones_own(clock: SimpleNamespace) -> None:
+    engine = Engine(tiny_model())
+    for _ in range(2):  # nothing is left over for the next prompt
+        started = clock.time
+        shared = engine.prefill(prompt(), [SlowToFinish(clock, deep=False) for _ in range(3)])
+        assert [each.cache.compress_seconds for each in shared] == [6] * 3
+        assert sum(each.cache.own_seconds for each in shared) == clock.time - started == 3 + 5
+        assert [each.prefill_seconds for each in shared] == [0] * 3
 
 
 def test_a_step_is_charged_to_its_rows_in_equal_parts(clock: SimpleNamespace) -> None:
