@@ -8,12 +8,13 @@ from .budget import BudgetAllocator, Share
 from .context import LayerContext, pool, reduce_groups
 from .decoding import BoundedStore, SlidingStore, TrackingStore
 from .engine import Engine, Sequence
-from .errors import UserError, require
+from .errors import UserError, at_least, require
 from .hookspecs import hookimpl
 from .merge import Merge
-from .method import AttentionScoredMethod, EvictionMethod, Method, TrackingMethod
+from .method import EvictionMethod, Method
 from .models import load_model
 from .registry import load_method
+from .scoring import AttentionScoredMethod, TrackingMethod, WindowMethod
 from .stores import DenseStore, HeadwiseStore, RaggedStore, Reading, Store
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "TrackingMethod",
     "TrackingStore",
     "UserError",
+    "WindowMethod",
+    "at_least",
     "compress",
     "hookimpl",
     "load_method",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetAllocator, whole_shares
-from .errors import UserError, require
+from .errors import UserError, at_least, require
 
 
 def read_head_table(path: str, flag: str = "--head_table") -> Tensor:
@@ -123,8 +123,7 @@ class HeadTable(BudgetAllocator):
     """Exponent of the importance: 0 makes all heads equal, above 1 widens their differences."""
 
     def __post_init__(self) -> None:
-        require(self.beta >= 1, f"--beta is {self.beta}; a head table needs a beta of 1 or more")
-        require(self.table_temperature >= 0, f"--table_temperature is {self.table_temperature}; it is 0 or more")
+        at_least(self, beta=1, table_temperature=0)
         if self.head_table is not None:
             read_head_table(self.head_table)
 

@@ -14,7 +14,8 @@ from .merge import entries
 from .stores import DenseStore, Reading
 
 if TYPE_CHECKING:
-    from .method import EvictionMethod, TrackingMethod
+    from .method import EvictionMethod
+    from .scoring import TrackingMethod
 
 
 class BoundedStore(DenseStore):

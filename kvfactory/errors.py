@@ -23,3 +23,13 @@ def require(condition: bool, message: str) -> None:
     """Raise a `UserError` with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def at_least(settings: object, **least: float) -> None:
+    """Raise a `UserError` for a setting that is below its least value: `at_least(self, sink_size=0, window_size=1)`.
+
+    None is below nothing.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        require(value is None or value >= bound, f"--{name} is {value}; it is {bound} or more")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetAllocator, Share, Uniform
-from .context import LayerContext, Prompt, reduce_groups
-from .decoding import BoundedStore, TrackingStore
+from .context import LayerContext, Prompt
+from .decoding import BoundedStore
 from .errors import UserError, require
 from .merge import Merge
 from .parts import Part
@@ -265,57 +265,3 @@ def _behaviour(cls: type) -> tuple[Any, ...]:
     """All functions and properties of a class: methods with the same ones score alike, whatever they are called."""
     found = (getattr_static(cls, name) for name in dir(cls) if not name.startswith("__"))
     return tuple(each for each in found if isinstance(each, (FunctionType, property)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionScoredMethod(EvictionMethod):
-    """An eviction method whose scores come from attention, of which each query head has its own."""
-
-    gqa_score_agg: Literal["mean", "max", "sum"] = "mean"
-    """How the scores of the query heads that share a KV head become one."""
-
-    def per_stored_head(self, layer: LayerContext, scores: Tensor) -> Tensor:
-        """[query_heads, ...] -> [stored heads, ...], reduced over the query heads that share a KV head."""
-        return reduce_groups(scores, self.stored_heads(layer), self.gqa_score_agg)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingMethod(AttentionScoredMethod):
-    """A method that keeps a record of each entry, to which the attention of every query adds.
-
-    A record is one slice of a state [stored heads, tokens, ...], of any type and shape beyond the tokens. Entries that are
-    evicted take theirs with them; those of new tokens start as zeros.
-    """
-
-    @abstractmethod
-    def track_prompt(self, layer: LayerContext) -> Tensor:
-        """The state after the prompt."""
-
-    @abstractmethod
-    def track_step(self, state: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
-        """The state after another step, whose new tokens are in it already.
-
-        Weights are [stored heads, group, new tokens, tokens], float32, positions [heads or 1, tokens].
-        """
-
-    @abstractmethod
-    def value(self, state: Tensor, positions: Tensor) -> Tensor:
-        """Scores of a state, [stored heads, tokens], float32."""
-
-    def score(self, layer: LayerContext) -> Tensor:
-        return self.value(self.tracked(layer), layer.positions)
-
-    def tracked(self, layer: LayerContext) -> Tensor:
-        """`track_prompt`, computed once for scores and stores."""
-        return layer.shared(self.state_key(), lambda: self.track_prompt(layer))
-
-    def state_key(self) -> tuple[Any, ...]:
-        """What a layer knows the state by."""
-        return "tracked", *self._score_key
-
-    def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
-        return TrackingStore(layer, kept, self)
-
-    def grouped(self, layer: LayerContext, attention: Tensor) -> Tensor:
-        """[query_heads, ...] -> [stored heads, group, ...]."""
-        return attention.unflatten(0, (self.stored_heads(layer), -1))

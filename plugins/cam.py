@@ -21,38 +21,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, normalize, pad
 
-from kvfactory import AttentionScoredMethod, LayerContext, Merge, hookimpl, require
+from kvfactory import AttentionScoredMethod, LayerContext, Merge, WindowMethod, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMerge, RegisterMethod
 from kvfactory.merge import entries, evicted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cam(AttentionScoredMethod):
+class Cam(WindowMethod, AttentionScoredMethod):
     """Keeps the tokens that the last `window_size` queries attend to most, one by one."""
-
-    reads: ClassVar[str] = "the window's queries"
-
-    window_size: int = 8
-    """The last queries, which score the prompt and are always kept."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to score the prompt"
-        )
-        super().__post_init__()
-
-    @property
-    def recent_queries(self) -> int:
-        return self.window_size
-
-    def protected(self) -> tuple[int, int]:
-        return 0, self.window_size
 
     def score(self, layer: LayerContext) -> Tensor:
         # the window's own columns too: selection leaves them out, and the merge needs them
@@ -77,7 +59,7 @@ class CamMerge(Merge):
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        require(self.merge_budget >= 1, f"--merge_budget is {self.merge_budget}; it is 1 token or more")
+        at_least(self, merge_budget=1)
         require(0 < self.start_ratio < 1, f"--start_ratio is {self.start_ratio}; it is more than 0 and less than 1")
         require(
             self.cam_rule == "kvcache-factory" or self.start_ratio == CamMerge.start_ratio,

@@ -24,7 +24,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, SlidingStore, Store, hookimpl, reduce_groups, require
+from kvfactory import (
+    DenseStore,
+    EvictionMethod,
+    LayerContext,
+    SlidingStore,
+    Store,
+    at_least,
+    hookimpl,
+    reduce_groups,
+    require,
+)
 from kvfactory.budget import Uniform
 from kvfactory.budget_tables import fit_heads, read_head_table
 from kvfactory.hookspecs import RegisterMethod
@@ -51,14 +61,7 @@ class DuoAttention(EvictionMethod):
     decode_budget: int | Literal["same"] | None = "same"
 
     def __post_init__(self) -> None:
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
-        require(
-            self.recent_size is None or self.recent_size >= 1, f"--recent_size is {self.recent_size}; it is 1 or more"
-        )
-        require(
-            self.window_size is None or self.window_size >= 1,
-            f"--window_size is {self.window_size}; it takes 1 query or more to rank heads",
-        )
+        at_least(self, sink_size=0, recent_size=1, window_size=1)
         require(
             self.window_size is None or self.head_patterns is None,
             f"--window_size {self.window_size}: heads are ranked by --head_patterns {self.head_patterns}; leave one out",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvfactory import AttentionScoredMethod, LayerContext, hookimpl, require
+from kvfactory import AttentionScoredMethod, LayerContext, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
 from kvfactory.stores import spread
 
@@ -47,16 +47,11 @@ class ExpectedAttention(AttentionScoredMethod):
     """The latest queries, whose statistics count while decoding; the prompt's are all of its own."""
 
     def __post_init__(self) -> None:
-        require(
-            self.n_future_positions >= 1, f"--n_future_positions is {self.n_future_positions}; it is 1 position or more"
-        )
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
-        require(self.epsilon >= 0, f"--epsilon is {self.epsilon}; it is 0 or more")
+        at_least(self, n_future_positions=1, sink_size=0, epsilon=0, query_window=1)
         require(
             self.use_vnorm or self.epsilon == 0,
             f"--epsilon {self.epsilon} changes no rank without --use_vnorm; leave one of them out",
         )
-        require(self.query_window >= 1, f"--query_window is {self.query_window}; it takes 1 query or more")
         require(
             self.query_window == QUERY_WINDOW or self.decode_budget is not None,
             f"--query_window {self.query_window}: nothing is scored while decoding without --decode_budget; give one",

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvfactory import LayerContext, TrackingMethod, hookimpl, reduce_groups, require
+from kvfactory import LayerContext, TrackingMethod, at_least, hookimpl, reduce_groups, require
 from kvfactory.hookspecs import RegisterMethod
 
 
@@ -38,12 +38,10 @@ class H2O(TrackingMethod):
     """Divide each score by the number of queries that could see the token."""
 
     def __post_init__(self) -> None:
+        at_least(self, recent_size=0)
         require(
             self.heavy_ratio >= 0 and self.recent_ratio >= 0 and self.heavy_ratio + self.recent_ratio > 0,
             f"--heavy_ratio {self.heavy_ratio} and --recent_ratio {self.recent_ratio} must be 0 or more, and not both 0",
-        )
-        require(
-            self.recent_size is None or self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more"
         )
         super().__post_init__()
 

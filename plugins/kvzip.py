@@ -24,7 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, Reading, Store, hookimpl, reduce_groups, require
+from kvfactory import (
+    DenseStore,
+    EvictionMethod,
+    LayerContext,
+    Reading,
+    Store,
+    at_least,
+    hookimpl,
+    reduce_groups,
+    require,
+)
 from kvfactory.budget import Uniform
 from kvfactory.context import QUERY_CHUNK, Prompt
 from kvfactory.hookspecs import RegisterMethod
@@ -49,9 +59,7 @@ class KVzip(EvictionMethod):
     """Whether all heads of the model compete for one budget, or each layer has its own."""
 
     def __post_init__(self) -> None:
-        require(self.chunk_size >= 1, f"--chunk_size is {self.chunk_size}; it is 1 token or more")
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
-        require(self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        at_least(self, chunk_size=1, sink_size=0, recent_size=0)
         require(
             self.scope == "layer" or self.allocator == Uniform(),
             f"--allocator {self.allocator.name}: one threshold over all heads splits kvzip's budget; give --scope layer",

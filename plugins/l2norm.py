@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, Store, hookimpl, require
+from kvfactory import DenseStore, EvictionMethod, LayerContext, Store, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
 from kvfactory.stores import spread
 
@@ -32,7 +32,7 @@ class L2Norm(EvictionMethod):
     """Last tokens, always kept."""
 
     def __post_init__(self) -> None:
-        require(self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        at_least(self, recent_size=0)
         require(
             all(layer >= 0 for layer in self.skip_layers),
             f"--skip_layers {'+'.join(map(str, self.skip_layers))}: layers are counted from 0; give 0 or more",

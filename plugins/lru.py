@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfactory import LayerContext, TrackingMethod, hookimpl, reduce_groups, require
+from kvfactory import LayerContext, TrackingMethod, at_least, hookimpl, reduce_groups
 from kvfactory.hookspecs import RegisterMethod
 
 
@@ -39,10 +39,7 @@ class LRU(TrackingMethod):
     decode_budget: int | Literal["same"] | None = "same"
 
     def __post_init__(self) -> None:
-        require(self.access_size >= 1, f"--access_size is {self.access_size}; a query accesses 1 token or more")
-        require(self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to see accesses")
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
-        require(self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        at_least(self, access_size=1, window_size=1, sink_size=0, recent_size=0)
         super().__post_init__()
 
     def protected(self) -> tuple[int, int]:

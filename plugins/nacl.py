@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfactory import AttentionScoredMethod, LayerContext, hookimpl, require
+from kvfactory import AttentionScoredMethod, LayerContext, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
 
 from .random import uniforms
@@ -52,8 +52,7 @@ class NACL(AttentionScoredMethod):
     """Proxies attend to no token after them."""
 
     def __post_init__(self) -> None:
-        require(self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 proxy or more")
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
+        at_least(self, window_size=1, sink_size=0)
         last = self.proxies()[1]
         require(
             self.recent_size is None or self.recent_size >= last,

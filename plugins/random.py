@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfactory import EvictionMethod, LayerContext, hookimpl, require
+from kvfactory import EvictionMethod, LayerContext, at_least, hookimpl
 from kvfactory.hookspecs import RegisterMethod
 
 BITS_32 = 0xFFFFFFFF
@@ -32,8 +32,7 @@ class Random(EvictionMethod):
     """Another seed draws other tokens."""
 
     def __post_init__(self) -> None:
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
-        require(self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        at_least(self, sink_size=0, recent_size=0)
         super().__post_init__()
 
     def protected(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from kvfactory import EvictionMethod, LayerContext, Share, hookimpl, pool, reduce_groups, require
+from kvfactory import LayerContext, Share, WindowMethod, hookimpl, pool, reduce_groups, require
 from kvfactory.hookspecs import RegisterMethod
 from kvfactory.stores import spread
 
@@ -28,15 +28,12 @@ ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class RKV(EvictionMethod):
+class RKV(WindowMethod):
     """Keeps the tokens that the last `window_size` queries attend to and that others do not repeat."""
 
     signed_scores: ClassVar[bool] = True
-    reads: ClassVar[str] = "the window's queries"
     aliases: ClassVar[dict[str, str]] = {"similarity_threshold": "redundancy_threshold"}
 
-    window_size: int = 8
-    """Observation window: the last queries, whose tokens are always kept."""
     kernel_size: int = 7
     """Width of the pooling, odd."""
     mix_lambda: float = 0.07
@@ -47,20 +44,12 @@ class RKV(EvictionMethod):
     decode_interval: int | Share = Share(12.5)
 
     def __post_init__(self) -> None:
-        require(self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to score tokens")
         require(
             self.kernel_size >= 1 and self.kernel_size % 2 == 1,
             f"--kernel_size is {self.kernel_size}; pooling keeps the length of its input only with an odd size of 1 or more",
         )
         require(0 <= self.mix_lambda <= 1, f"--mix_lambda is {self.mix_lambda}; it is a share from 0 to 1")
         super().__post_init__()
-
-    @property
-    def recent_queries(self) -> int:
-        return self.window_size
-
-    def protected(self) -> tuple[int, int]:
-        return 0, self.window_size
 
     def score(self, layer: LayerContext) -> Tensor:
         past = layer.num_tokens - self.window_size

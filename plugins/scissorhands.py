@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvfactory import LayerContext, Share, TrackingMethod, hookimpl, reduce_groups, require
+from kvfactory import LayerContext, Share, TrackingMethod, at_least, hookimpl, reduce_groups, require
 from kvfactory.hookspecs import RegisterMethod
 
 
@@ -92,9 +92,7 @@ class Scissorhands(TrackingMethod):
     decode_interval: int | Share = Share(50)
 
     def __post_init__(self) -> None:
-        require(self.history_window >= 1, f"--history_window is {self.history_window}; it takes 1 query or more")
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
-        require(self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        at_least(self, history_window=1, sink_size=0, recent_size=0)
         require(0 <= self.decay <= 1, f"--decay is {self.decay}; it is a share from 0 to 1")
         require(
             self.decay == 1 or self.importance == "attention-mass",

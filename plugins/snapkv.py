@@ -12,23 +12,19 @@ after; that is one and the same for avgpool with mean, and for the rest `pool_or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvfactory import AttentionScoredMethod, LayerContext, hookimpl, pool, require
+from kvfactory import AttentionScoredMethod, LayerContext, WindowMethod, hookimpl, pool, require
 from kvfactory.hookspecs import RegisterMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(AttentionScoredMethod):
+class SnapKV(WindowMethod, AttentionScoredMethod):
     """Keeps the tokens that the last `window_size` queries attend to most."""
 
-    reads: ClassVar[str] = "the window's queries"
-
-    window_size: int = 8
-    """Observation window: the last queries, which score the prompt and are always kept."""
     kernel_size: int = 7
     """Width of the pooling, odd."""
     pooling: Literal["avgpool", "maxpool"] = "maxpool"
@@ -37,20 +33,10 @@ class SnapKV(AttentionScoredMethod):
 
     def __post_init__(self) -> None:
         require(
-            self.window_size >= 1, f"--window_size is {self.window_size}; it takes 1 query or more to score the prompt"
-        )
-        require(
             self.kernel_size >= 1 and self.kernel_size % 2 == 1,
             f"--kernel_size is {self.kernel_size}; pooling keeps the length of its input only with an odd size of 1 or more",
         )
         super().__post_init__()
-
-    @property
-    def recent_queries(self) -> int:
-        return self.window_size
-
-    def protected(self) -> tuple[int, int]:
-        return 0, self.window_size
 
     def score(self, layer: LayerContext) -> Tensor:
         # the window's own columns are cut off before pooling, or its scores would leak into its neighbours

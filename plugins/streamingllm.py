@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from kvfactory import EvictionMethod, LayerContext, Reading, SlidingStore, Store, hookimpl, require
+from kvfactory import EvictionMethod, LayerContext, Reading, SlidingStore, Store, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
 
 
@@ -33,7 +33,7 @@ class StreamingLLM(EvictionMethod):
     """Count positions inside the cache, in place of true ones."""
 
     def __post_init__(self) -> None:
-        require(self.sink_size >= 0, f"--sink_size is {self.sink_size}; it is 0 or more")
+        at_least(self, sink_size=0)
         require(
             self.recent_size is None or self.sink_size + self.recent_size == self.budget,
             f"--sink_size {self.sink_size} and --recent_size {self.recent_size} do not add up to the budget {self.budget}; "

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvfactory import LayerContext, TrackingMethod, hookimpl, reduce_groups, require
+from kvfactory import LayerContext, TrackingMethod, at_least, hookimpl, reduce_groups
 from kvfactory.hookspecs import RegisterMethod
 
 
@@ -32,7 +32,7 @@ class TOVA(TrackingMethod):
     decode_budget: int | Literal["same"] | None = "same"
 
     def __post_init__(self) -> None:
-        require(self.recent_size >= 0, f"--recent_size is {self.recent_size}; it is 0 or more")
+        at_least(self, recent_size=0)
         super().__post_init__()
 
     def protected(self) -> tuple[int, int]:

@@ -88,6 +88,21 @@ def test_a_number_is_held_in_place_of_the_budget() -> None:
         assert lengths[0] == min(25, held) and lengths[-1] == held == max(lengths)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "slidingwindow", "tova"])
+def test_a_short_prompt_grows_up_to_the_budget_and_no_further(name: str) -> None:
+    q, k, v = layer(40)
+    store = compress_layer(load_method(name, budget=16, decode_budget="same"), *(x[:, :10] for x in (q, k, v)))
+    lengths = []
+    for at in range(10, 40):
+        store.append(k[:, at : at + 1], v[:, at : at + 1], at)
+        seen = store.read(q[:, at : at + 1]).keys
+        assert isinstance(seen, Tensor)
+        weights = (q[:, at : at + 1] @ seen.repeat_interleave(2, 0).transpose(1, 2)).softmax(-1)
+        store.observe(weights if store.observes else None)
+        lengths.append(store.lengths())
+    assert lengths == [[min(11 + step, 16)] * 2 for step in range(30)]
+
+
 def test_heads_of_a_ragged_layer_hold_what_each_was_given() -> None:
     q, k, v = layer(80)
     method = load_method("adakv", budget=24, window_size=4, floor=0.0, decode_budget="same")

@@ -24,6 +24,7 @@ from kvfactory import (
     LayerContext,
     Store,
     TrackingMethod,
+    WindowMethod,
     compress,
     hookspecs,
     load_method,
@@ -222,6 +223,11 @@ def test_every_name_of_a_class_is_in_its_reference(cls: type) -> None:
 )
 def test_what_a_kind_of_method_adds_is_in_the_reference(cls: type, base: type) -> None:
     assert table(PLUGINS, f"`{cls.__name__}` has besides") == public(cls) - public(base)
+
+
+def test_what_a_window_adds_is_in_the_reference() -> None:
+    added = public(WindowMethod) - public(EvictionMethod)
+    assert table(PLUGINS, "`WindowMethod` has besides what an `EvictionMethod` has") == added
 
 
 def rules() -> list[str]:
