@@ -186,17 +186,20 @@ class Registry:
     def parts_of(self, name: str, chosen: Mapping[str, str | None] | None = None) -> dict[str, str]:
         """What a method is composed with, by field, where a user chose some of it and left the rest to the method.
 
+        `none`, or None, takes a part away that a method can do without.
+
         Raises `UserError` for a part that the method cannot have.
         """
         entry = self.method_entry(name)
         own = settings_of(entry.attention)
         fields_of_parts = own.keys() & self.parts.keys()
-        given = {kind: part for kind, part in (chosen or {}).items() if part is not None}
+        may_be_none = {kind for kind in fields_of_parts if own[kind].default is None}
+        given = {kind: part or "none" for kind, part in (chosen or {}).items() if part or kind in may_be_none}
         for kind, part in given.items():
             if kind not in fields_of_parts:
                 raise UserError(f"method '{name}' evicts nothing and takes no --{kind} {part}; leave --{kind} out")
         both = {kind: part for kind, part in entry.parts.items() if kind in fields_of_parts} | given
-        return {kind: part for kind, part in both.items() if part != "none" or own[kind].default is not None}
+        return {kind: part for kind, part in both.items() if part != "none" or kind not in may_be_none}
 
     def settings(self, name: str, parts: Mapping[str, str | None] | None = None) -> dict[str, Setting]:
         """The settings of a method and of the parts it is used with.

@@ -365,6 +365,15 @@ def test_settings_load_the_same_method_again(name: str, kind: str, part: str | N
     assert registry.load_method(name, **flags) == method
 
 
+@pytest.mark.parametrize("nothing", [None, "none"])
+def test_a_method_may_lose_the_merge_that_it_brings(nothing: str | None) -> None:
+    method = load_method("cam", budget=32, merge=nothing)
+    assert method.settings()["merge"] is None
+    assert load_method("cam", **method.settings()) == method != load_method("cam", budget=32)
+    with says("unknown allocator 'none'"):
+        load_method("cam", budget=32, allocator="none")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_aliases_lead_to_settings(name: str) -> None:
     registry = get_registry()
