@@ -13,6 +13,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from .clock import now
 from .errors import require
+from .indexing import entries
 from .stores import Store
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ class LayerContext:
     def _attention(self, start: int, stop: int | None = None) -> Tensor:
         """Causal attention weights of queries start..stop over keys 0..stop, [query_heads, stop - start, stop], float32."""
         stop = self.num_tokens if stop is None else stop
-        keys = self.shared("keys in float32", lambda: self.keys.float().transpose(1, 2).contiguous())
+        keys = self.shared("keys in float32", self.keys.float)
         before = self.num_tokens - self.queries.shape[1]  # tokens whose queries are gone
         if start < before:
             raise ValueError(
@@ -144,7 +145,7 @@ class LayerContext:
             )
         queries = self.queries[:, start - before : stop - before].float() / math.sqrt(self.queries.shape[-1])
         folded = queries.reshape(self.kv_heads, -1, queries.shape[-1])
-        logits = (folded @ keys[:, :, :stop]).view(self.query_heads, stop - start, stop)
+        logits = (folded @ keys[:, :stop].transpose(1, 2)).view(self.query_heads, stop - start, stop)
         logits[:, :, start:] += torch.full((stop - start, stop - start), -math.inf, device=logits.device).triu(1)
         return logits.softmax(-1)
 
@@ -166,6 +167,8 @@ class LayerContext:
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at index [heads, count], each [heads, count, head_dim]; heads is kv_heads or query_heads."""
+        if len(index) == self.kv_heads:
+            return entries(self.keys, index), entries(self.values, index)
         source = torch.arange(len(index), device=index.device)[:, None] // (len(index) // self.kv_heads)
         return self.keys[source, index], self.values[source, index]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .context import LayerContext
-from .merge import entries
+from .indexing import entries
 from .stores import DenseStore, Reading
 
 if TYPE_CHECKING:

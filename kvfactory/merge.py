@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .parts import Part
@@ -30,15 +29,3 @@ class Merge(Part, ABC):
         Given are all entries [heads, tokens, head_dim], the kept index [heads, count], ascending, and the scores
         [heads, tokens], float32, by which it was chosen. What was given is left as it is.
         """
-
-
-def evicted(kept: Tensor, tokens: int) -> Tensor:
-    """The index of what is not kept, [heads, tokens - count], ascending, from that of what is, [heads, count]."""
-    gone = torch.ones(len(kept), tokens, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
-    return gone.nonzero()[:, 1].view(len(kept), -1)
-
-
-def entries(x: Tensor, index: Tensor) -> Tensor:
-    """Those entries of x [heads, tokens, ...] that index [heads, count] names, [heads, count, ...]."""
-    wide = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
-    return x.gather(1, wide)

@@ -14,6 +14,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .indexing import entries
+
 
 class Reading(NamedTuple):
     """What a query may attend to: tensors with equal lengths for all heads, or lists with one entry a head."""
@@ -156,8 +158,7 @@ class DenseStore(Store):
 
     def keep(self, index: Tensor) -> None:
         """Evict all entries but index [heads, count], which is ascending in each head."""
-        wide = index[..., None].expand(-1, -1, self._keys.shape[-1])
-        self.hold(index, self._keys.gather(1, wide), self._values.gather(1, wide))
+        self.hold(index, entries(self._keys, index), entries(self._values, index))
 
     def hold(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Evict as `keep` does, where the kept entries are new tensors already, [heads, count, head_dim] each."""

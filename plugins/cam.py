@@ -29,7 +29,7 @@ from torch.nn.functional import avg_pool1d, normalize, pad
 
 from kvfactory import AttentionScoredMethod, LayerContext, Merge, WindowMethod, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMerge, RegisterMethod
-from kvfactory.merge import entries, evicted
+from kvfactory.indexing import entries, evicted
 
 
 @dataclass(frozen=True, kw_only=True)

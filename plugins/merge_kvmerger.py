@@ -29,7 +29,7 @@ from torch.nn.functional import cosine_similarity, pad
 
 from kvfactory import Merge, hookimpl, require
 from kvfactory.hookspecs import RegisterMerge
-from kvfactory.merge import entries, evicted
+from kvfactory.indexing import entries, evicted
 
 from .merge_weighted import weighted_sums
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from kvfactory import Merge, hookimpl
 from kvfactory.hookspecs import RegisterMerge
-from kvfactory.merge import entries, evicted
+from kvfactory.indexing import entries, evicted
 
 DROPPED_AT_ONCE = 1024
 """Evicted entries whose similarities are held at once."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvfactory import Merge, hookimpl
 from kvfactory.hookspecs import RegisterMerge
-from kvfactory.merge import entries, evicted
+from kvfactory.indexing import entries, evicted
 
 from .merge_pivot import nearest
 

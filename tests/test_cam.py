@@ -18,7 +18,7 @@ from test_merges import Eviction, eviction, evictions
 from torch import Tensor
 
 from kvfactory import Engine, EvictionMethod, LayerContext, Method, UserError, load_method
-from kvfactory.merge import entries
+from kvfactory.indexing import entries
 from kvfactory.testing import MethodContract, compress_layer, reference_attention
 
 Denominator = Literal["next", "later"]

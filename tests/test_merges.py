@@ -20,7 +20,7 @@ from test_golden_methods import Golden
 from torch import Tensor
 
 from kvfactory import Merge, Method, UserError, load_method
-from kvfactory.merge import entries
+from kvfactory.indexing import entries
 from kvfactory.testing import MethodContract
 
 HEAD_BY_HEAD: list[Merge] = [

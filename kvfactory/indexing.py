@@ -1,0 +1,21 @@
+"""Entries by index: each head of a tensor [heads, tokens, ...] gives those that its row of an index [heads, count] names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def entries(x: Tensor, index: Tensor) -> Tensor:
+    """The entries of x [heads, tokens, ...] at index [heads, count]: a new tensor [heads, count, ...]."""
+    heads, tokens = x.shape[:2]
+    if x.is_contiguous():  # rows of a flat tensor are copied whole, many times faster than element by element
+        offsets = torch.arange(0, heads * tokens, tokens, device=index.device)[:, None]
+        return x.flatten(0, 1).index_select(0, (index + offsets).flatten()).unflatten(0, index.shape)
+    return x[torch.arange(heads, device=index.device)[:, None], index]
+
+
+def evicted(kept: Tensor, tokens: int) -> Tensor:
+    """The index of what is not kept, [heads, tokens - count], ascending, from that of what is, [heads, count]."""
+    gone = torch.ones(len(kept), tokens, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
+    return gone.nonzero()[:, 1].view(len(kept), -1)
