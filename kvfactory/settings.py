@@ -18,7 +18,7 @@ from .errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a method or an allocator, as a flag would show it."""
+    """One setting of a method or a part, as a flag would show it."""
 
     name: str
     type: Any
@@ -26,7 +26,7 @@ class Setting:
 
 
 def settings_of(settings_class: type) -> dict[str, Setting]:
-    """The fields of a method's or an allocator's dataclass."""
+    """The fields of the dataclass of a method or a part."""
     hints = get_type_hints(settings_class)
     return {each.name: Setting(each.name, hints[each.name], each.default) for each in fields(settings_class)}
 
