@@ -46,12 +46,12 @@ class BoundedStore(DenseStore):
             layer = self._layer()
             kept = self._method.select(layer)
             assert isinstance(kept, Tensor)
-            self.hold(kept, *self._method.gather(layer, kept))
+            self.keep(kept, None if self._method.merge is None else self._method.gather(layer, kept))
+        super().observe(weights)
 
     def _layer(self) -> LayerContext:
         """What is stored, as a layer to score."""
-        keys, values = self._keys[:, : self._length], self._values[:, : self._length]
-        return self._as_layer(self._queries, keys, values, listed_positions=self._all_positions())
+        return self._as_layer(self._queries, *self._buffer.read(), listed_positions=self._all_positions())
 
 
 class SlidingStore(BoundedStore):
@@ -71,12 +71,9 @@ class SlidingStore(BoundedStore):
     def _make_room(self, new: int) -> None:
         sinks = self._method.protected()[0]
         recent = max(self._left - new - sinks, 0)
-        entry = torch.arange(self._length, device=self._keys.device)
-        kept = torch.cat([entry[:sinks], entry[max(sinks, self._length - recent) :]]).expand(len(self._keys), -1)
-        if self._method.merge is None:
-            self.keep(kept)
-        else:
-            self.hold(kept, *self._method.gather(self._layer(), kept))
+        entry = torch.arange(self._length, device=self._listed.device)
+        kept = torch.cat([entry[:sinks], entry[max(sinks, self._length - recent) :]]).expand(self._heads, -1)
+        self.keep(kept, None if self._method.merge is None else self._method.gather(self._layer(), kept))
 
 
 class TrackingStore(BoundedStore):
@@ -102,6 +99,6 @@ class TrackingStore(BoundedStore):
         layer.shared(self._tracking.state_key(), lambda: self._state)
         return layer
 
-    def hold(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+    def keep(self, index: Tensor, merged: tuple[Tensor, Tensor] | None = None) -> None:
         self._state = entries(self._state, index)
-        super().hold(index, keys, values)
+        super().keep(index, merged)

@@ -10,7 +10,7 @@ def entries(x: Tensor, index: Tensor) -> Tensor:
     """The entries of x [heads, tokens, ...] at index [heads, count]: a new tensor [heads, count, ...]."""
     heads, tokens = x.shape[:2]
     if x.is_contiguous():  # rows of a flat tensor are copied whole, many times faster than element by element
-        offsets = torch.arange(0, heads * tokens, tokens, device=index.device)[:, None]
+        offsets = tokens * torch.arange(heads, device=index.device)[:, None]
         return x.flatten(0, 1).index_select(0, (index + offsets).flatten()).unflatten(0, index.shape)
     return x[torch.arange(heads, device=index.device)[:, None], index]
 

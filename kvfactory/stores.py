@@ -14,7 +14,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .indexing import entries
+from .buffers import Buffer, PlainBuffer, room_for
+from .errors import UserError
 
 
 class Reading(NamedTuple):
@@ -41,6 +42,10 @@ class Reading(NamedTuple):
         """One [heads or 1, length] tensor for each of `pieces`."""
         positions = self.positions()
         return [positions] if isinstance(positions, Tensor) else [each.unsqueeze(0) for each in positions]
+
+
+MakeBuffer = Callable[[Tensor, Tensor], Buffer]
+"""Makes a buffer of keys and values [heads, length, head_dim]."""
 
 
 class Store(ABC):
@@ -88,10 +93,14 @@ class Store(ABC):
     def fork(self) -> Self:
         """A second store that starts from here; appending to one leaves the other alone."""
 
+    def pack(self, make: MakeBuffer) -> Store:
+        """This store with its entries in buffers that `make` makes of them, or one that holds the same.
 
-def room_for(length: int) -> int:
-    """Entries to make room for when a full buffer has to grow: an eighth more, so appending stays cheap."""
-    return max(16, length // 8)
+        Raises `UserError` for a store that does not hold its entries in buffers.
+        """
+        raise UserError(
+            f"{type(self).__name__} holds entries in a way of its own and takes no --quant_method; leave it out"
+        )
 
 
 def spread(kv: Tensor, heads: int) -> Tensor:
@@ -115,23 +124,23 @@ class DenseStore(Store):
         Without positions the entries are all tokens from the first on, and nothing is spent on saying so. A store that
         evicts gives the `limit` of entries it holds between evictions: no room is made beyond it.
         """
-        self._keys, self._values = keys, values
-        self._length = keys.shape[1]
+        self._buffer: Buffer = PlainBuffer(keys, values, limit)
+        self._heads = keys.shape[0]
         # entries beyond the listed positions follow each other from `_run_start` on
         self._listed = keys.new_empty(1, 0, dtype=torch.int32) if positions is None else positions
         self._run_start = 0
-        self._shared = True  # the tensors may be somebody else's too: copy before the first write
-        self._limit = limit
+
+    @property
+    def _length(self) -> int:
+        return self._buffer.length
+
+    def pack(self, make: MakeBuffer) -> Store:
+        self._buffer = make(*self._buffer.read())
+        return self
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        start, tokens = self._length, keys.shape[1]
         self._run_on(position)
-        if self._shared or start + tokens > self._keys.shape[1]:
-            self._grow(start + tokens)
-        heads = self._keys.shape[0]
-        self._keys.narrow(1, start, tokens).copy_(spread(keys, heads))
-        self._values.narrow(1, start, tokens).copy_(spread(values, heads))
-        self._length = start + tokens
+        self._buffer.append(spread(keys, self._heads), spread(values, self._heads))
 
     def _run_on(self, position: int) -> None:
         """Make sure that an entry at this position can follow the last one."""
@@ -141,55 +150,47 @@ class DenseStore(Store):
         if not run:
             self._run_start = position
 
-    def _grow(self, needed: int) -> None:
-        capacity = needed + room_for(needed) if self._limit is None else max(needed, self._limit)
-
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(old.shape[0], capacity, old.shape[2])
-            new[:, : self._length] = old[:, : self._length]
-            return new
-
-        self._keys, self._values = grown(self._keys), grown(self._values)
-        self._shared = False
-
     def read(self, query: Tensor) -> Reading:
-        keys, values = self._keys.narrow(1, 0, self._length), self._values.narrow(1, 0, self._length)
-        return Reading(keys, values, self._all_positions)
+        return Reading(*self._buffer.read(), self._all_positions)
 
-    def keep(self, index: Tensor) -> None:
-        """Evict all entries but index [heads, count], which is ascending in each head."""
-        self.hold(index, entries(self._keys, index), entries(self._values, index))
+    def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+        self._buffer.settle()
 
-    def hold(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Evict as `keep` does, where the kept entries are new tensors already, [heads, count, head_dim] each."""
+    def keep(self, index: Tensor, merged: tuple[Tensor, Tensor] | None = None) -> None:
+        """Evict all entries but index [heads, count], which is ascending in each head.
+
+        Where something of the evicted is left in those, `merged` has the new keys and values, [heads, count, head_dim].
+        """
         self._listed = self._all_positions().expand(len(index), -1).gather(1, index).int()
-        self._length = index.shape[1]
-        if self._shared or self._keys.shape[1] != self._limit:
-            self._keys, self._values, self._shared = keys, values, False
-        else:  # the buffer has the size it needs
-            self._keys[:, : self._length] = keys
-            self._values[:, : self._length] = values
+        if merged is None:
+            self._buffer.keep(index)
+        else:
+            self._buffer.replace(*merged)
 
     def _all_positions(self) -> Tensor:
         """[heads or 1, length], int64."""
-        run = consecutive(self._run_start, self._length - self._listed.shape[1], self._keys.device)
+        run = consecutive(self._run_start, self._length - self._listed.shape[1], self._listed.device)
         return torch.cat([self._listed.long(), run.expand(len(self._listed), -1)], 1)
 
     def positions(self) -> list[Tensor]:
-        return list(self._all_positions().expand(len(self._keys), -1).unbind(0))
+        return list(self._all_positions().expand(self._heads, -1).unbind(0))
 
     def keys(self) -> list[Tensor]:
-        return list(self._keys[:, : self._length].unbind(0))
+        return list(self._buffer.read()[0].unbind(0))
 
     def values(self) -> list[Tensor]:
-        return list(self._values[:, : self._length].unbind(0))
+        return list(self._buffer.read()[1].unbind(0))
 
     def lengths(self) -> list[int]:
-        return [self._length] * self._keys.shape[0]
+        return [self._length] * self._heads
+
+    def nbytes(self) -> int:
+        return super().nbytes() + self._buffer.nbytes()
 
     def fork(self) -> Self:
-        self._shared = True
-        return copy(self)
+        twin = copy(self)
+        twin._buffer = self._buffer.fork()
+        return twin
 
 
 class RaggedStore(Store):
@@ -243,6 +244,11 @@ class RaggedStore(Store):
         with_room = flat.split([length + self._room for length in self.lengths()])
         return [segment.narrow(0, 0, len(segment) - self._room) for segment in with_room]
 
+    def pack(self, make: MakeBuffer) -> Store:
+        held = zip(self.keys(), self.values(), self.positions(), strict=True)
+        heads = [DenseStore(keys[None], values[None], positions[None].int()) for keys, values, positions in held]
+        return HeadwiseStore(heads).pack(make)
+
     def read(self, query: Tensor) -> Reading:
         return Reading(self._segments(self._keys), self._segments(self._values), self.positions)
 
@@ -271,6 +277,10 @@ class HeadwiseStore(Store):
         """One store a stored head, with that head alone in it."""
         self._stores = list(stores)
         self.observes = any(store.observes for store in stores)
+
+    def pack(self, make: MakeBuffer) -> Store:
+        self._stores = [store.pack(make) for store in self._stores]
+        return self
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         heads = len(self._stores)

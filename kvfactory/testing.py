@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import is_dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from .attention import compress
+from .buffers import Buffer
 from .context import LayerContext
 from .engine import Engine, Sequence
 from .method import Method
@@ -265,8 +267,9 @@ class MethodContract(ABC):
         ids, _ = tiny_prompts(60)
         sequence = engine.prefill(ids[0], [self.make(self.budget)])[0]
         for store in sequence.cache.stores:
-            entries = sum(x.nbytes for x in (*store.keys(), *store.values()))
-            assert entries <= store.nbytes(), "nbytes() counts every tensor that is held"
+            assert sum(x.nbytes for x in tensors_of(store)) <= store.nbytes(), (
+                "nbytes() counts every tensor that is held"
+            )
 
     def test_the_decode_budget_is_kept(self) -> None:
         if self.decode_budget is None:
@@ -276,6 +279,27 @@ class MethodContract(ABC):
         assert late[0].nbytes() <= early[0].nbytes(), (
             "room and bookkeeping grow with what is stored, not with the steps"
         )
+
+
+def tensors_of(thing: Any) -> list[Tensor]:
+    """Every tensor that a store holds, each once: in its buffers, and in lists, dicts and dataclasses of its own too."""
+    found: dict[tuple[int, torch.Size], Tensor] = {}
+    seen: set[int] = set()
+
+    def look(each: Any) -> None:
+        if isinstance(each, Tensor):
+            found[each.data_ptr(), each.shape] = each
+        elif isinstance(each, Method) or id(each) in seen:
+            return
+        elif isinstance(each, (list, tuple, dict)):
+            seen.add(id(each))
+            for inner in each.values() if isinstance(each, dict) else each:
+                look(inner)
+        elif isinstance(each, (Store, Buffer)) or is_dataclass(each):
+            look(vars(each))
+
+    look(thing)
+    return list(found.values())
 
 
 def _held(stores: list[Store]) -> list[Tensor]:

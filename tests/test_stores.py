@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kvfactory import DenseStore, EvictionMethod, RaggedStore, Store, load_method
 from kvfactory.registry import get_registry
-from kvfactory.testing import compress_layer
+from kvfactory.testing import compress_layer, tensors_of
 
 KV_HEADS, DIM = 2, 3
 ENTRY_BYTES = 2 * DIM * 4
@@ -56,18 +55,9 @@ def assert_rows(actual: list[Tensor], expected: list[list[object]]) -> None:
         assert torch.equal(ours, torch.stack(theirs) if theirs else torch.empty(0, DIM))  # type: ignore[arg-type]
 
 
-def held(thing: Any) -> list[Tensor]:
-    """Every tensor that a store holds, in lists and stores of its own too."""
-    if isinstance(thing, Tensor):
-        return [thing]
-    inner = vars(thing).values() if isinstance(thing, Store) else thing
-    inner = inner.values() if isinstance(inner, dict) else inner
-    return [x for each in inner for x in held(each)] if isinstance(thing, (Store, dict, list, tuple)) else []
-
-
 def physical_bytes(store: Store) -> int:
     """What the allocator gave for the tensors of a store, whatever part of it the store says it uses."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held(store)}.values())
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(store)}.values())
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -227,7 +217,7 @@ def test_a_step_does_not_copy_the_store(ragged: bool) -> None:
     buffers, new = [], torch.randn(2, 1, 8)
     for token in range(400):
         store.append(new, new, 64 + token)
-        buffers.append(held(store)[0].data_ptr())
+        buffers.append(tensors_of(store)[0].data_ptr())
     moves = sum(a != b for a, b in pairwise(buffers))
     assert moves < 20, "buffers grow by an eighth, so 64 -> 464 entries takes about sixteen moves"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, RaggedStore, Reading, Store, pool
+from kvfactory.buffers import PlainBuffer
 from kvfactory.testing import (
     TINY_CONFIGS,
     MethodContract,
@@ -151,10 +152,12 @@ class SharedRoom(DenseStore):
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         super().__init__(keys, values, positions)
-        self._grow(self._length + 100)
+        assert isinstance(self._buffer, PlainBuffer)
+        self._buffer.grow(self._length + 100)
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        self._shared = False
+        assert isinstance(self._buffer, PlainBuffer)
+        self._buffer.shared = False
         super().append(keys, values, position)
 
 
@@ -164,7 +167,8 @@ class Ring(DenseStore):
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         for token in range(keys.shape[1]):
             slot = (position + token) % self._length
-            self._keys[:, slot], self._values[:, slot] = keys[:, token], values[:, token]
+            held_keys, held_values = self._buffer.read()
+            held_keys[:, slot], held_values[:, slot] = keys[:, token], values[:, token]
 
 
 class AppendsInFront(DenseStore):
