@@ -153,6 +153,7 @@ def _help(setting: str, defaults: dict[str, Any], evicting: int) -> str:
 PART_HELP = {
     "allocator": "How budgets are split, in place of each method's own way",
     "merge": "What evicted entries leave in those that stay, or none for nothing",
+    "quant_method": "How kept entries are stored in few bits, or none for as they are",
 }
 
 

@@ -10,6 +10,7 @@ from .attention import Family
 from .budget import BudgetAllocator
 from .merge import Merge
 from .method import Method
+from .quantisation import Quantisation
 
 hookspec = pluggy.HookspecMarker("kvfactory")
 hookimpl = pluggy.HookimplMarker("kvfactory")
@@ -19,7 +20,13 @@ class RegisterMethod(Protocol):
     """What a plugin calls for each method."""
 
     def __call__(
-        self, name: str, *, attention: type[Method], allocator: str = "uniform", merge: str | None = None
+        self,
+        name: str,
+        *,
+        attention: type[Method],
+        allocator: str = "uniform",
+        merge: str | None = None,
+        quant_method: str | None = None,
     ) -> None: ...
 
 
@@ -35,6 +42,12 @@ class RegisterMerge(Protocol):
     def __call__(self, name: str, merge: type[Merge]) -> None: ...
 
 
+class RegisterQuantisation(Protocol):
+    """What a plugin calls for each way to quantise."""
+
+    def __call__(self, name: str, quantisation: type[Quantisation]) -> None: ...
+
+
 class RegisterFamily(Protocol):
     """What a plugin calls for each model family."""
 
@@ -43,7 +56,7 @@ class RegisterFamily(Protocol):
 
 @hookspec
 def kvfactory_register_methods(register: RegisterMethod) -> None:
-    """Call `register(name, attention=MethodClass, allocator="uniform", merge=None)` for each compression method."""
+    """Call `register(name, attention=MethodClass)` for each method, with the names of its parts if it has any."""
 
 
 @hookspec
@@ -54,6 +67,11 @@ def kvfactory_register_allocators(register: RegisterAllocator) -> None:
 @hookspec
 def kvfactory_register_merges(register: RegisterMerge) -> None:
     """Call `register(name, MergeClass)` for each way to keep something of what is evicted."""
+
+
+@hookspec
+def kvfactory_register_quantisations(register: RegisterQuantisation) -> None:
+    """Call `register(name, QuantisationClass)` for each way to store entries in few bits."""
 
 
 @hookspec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from inspect import getattr_static
 from types import FunctionType
 from typing import Any, ClassVar, Literal, Self
@@ -18,6 +18,7 @@ from .decoding import BoundedStore
 from .errors import UserError, require
 from .merge import Merge
 from .parts import Part
+from .quantisation import Quantisation
 from .stores import DenseStore, HeadwiseStore, RaggedStore, Store, spread
 
 
@@ -84,6 +85,8 @@ class EvictionMethod(Method):
     """Entries a head holds while decoding: a number, `same` as after the prompt, or none: nothing is evicted then."""
     decode_interval: int | Share = 1
     """Entries that an eviction while decoding frees, which come one a step; or a percentage of those held."""
+    quant_method: Quantisation | None = None
+    """How kept entries are stored in few bits, if they are."""
 
     def __post_init__(self) -> None:
         least = self.least_budget()
@@ -146,7 +149,7 @@ class EvictionMethod(Method):
 
     def compress(self, layer: LayerContext) -> Store:
         method = self.for_prompt(layer.num_tokens)
-        return method.store(layer, method.select(layer))
+        return packed(method.store(layer, method.select(layer)), layer, self.quant_method)
 
     def for_prompt(self, tokens: int) -> Self:
         """This method with its budget in entries."""
@@ -231,7 +234,7 @@ class EvictionMethod(Method):
 
     @cached_property
     def _score_key(self) -> tuple[Any, ...]:
-        apart = ("budget", "allocator", "merge", "decode_budget", "decode_interval")
+        apart = ("budget", "allocator", "merge", "decode_budget", "decode_interval", "quant_method")
         return _behaviour(type(self)), *(getattr(self, each.name) for each in fields(self) if each.name not in apart)
 
     def capacity(self, tokens: int, kept: int) -> int | None:
@@ -258,6 +261,11 @@ class EvictionMethod(Method):
     @classmethod
     def _usual_interval(cls) -> Any:
         return next(each.default for each in fields(cls) if each.name == "decode_interval")
+
+
+def packed(store: Store, layer: LayerContext, quant_method: Quantisation | None) -> Store:
+    """The store of a layer, with its entries in quantised buffers if there is a way to quantise them."""
+    return store if quant_method is None else store.pack(partial(quant_method.buffer, layer))
 
 
 @cache

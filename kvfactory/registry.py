@@ -26,6 +26,12 @@ from .parts import Part
 from .settings import Setting, convert, settings_of
 
 GROUP = "kvfactory"
+LACKS = {
+    "allocator": "evicts nothing",
+    "merge": "evicts nothing",
+    "quant_method": "holds entries in a way of its own",
+}
+"""What is the matter with a method that has no part of a kind."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.methods: dict[str, MethodEntry] = {}
-        self.parts: dict[str, dict[str, type[Any]]] = {"allocator": {}, "merge": {}}
+        self.parts: dict[str, dict[str, type[Any]]] = {"allocator": {}, "merge": {}, "quant_method": {}}
         """Parts by name, on a shelf for each field of a method that may hold them."""
         self.families: dict[str, Family] = {}
         self.plugins: list[Plugin] = []
@@ -101,6 +107,7 @@ class Registry:
             "kvfactory_register_methods": self._register_method,
             "kvfactory_register_allocators": partial(self._register_part, "allocator"),
             "kvfactory_register_merges": partial(self._register_part, "merge"),
+            "kvfactory_register_quantisations": partial(self._register_part, "quant_method"),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
         }
         for hook, register in doors.items():
@@ -136,8 +143,10 @@ class Registry:
         attention: type[Method],
         allocator: str = "uniform",
         merge: str | None = None,
+        quant_method: str | None = None,
     ) -> None:
-        parts = {"allocator": allocator} | ({"merge": merge} if merge else {})
+        chosen = {"allocator": allocator, "merge": merge, "quant_method": quant_method}
+        parts = {kind: part for kind, part in chosen.items() if part}
         self._register("method", self.methods, plugin, name, MethodEntry(attention, parts, plugin))
 
     def _register_part(self, kind: str, plugin: Plugin, name: str, part: type[Part]) -> None:
@@ -178,6 +187,10 @@ class Registry:
         """Whether a method evicts down to a budget, or keeps everything."""
         return "budget" in settings_of(self.method_entry(name).attention)
 
+    def kinds_of_parts(self, name: str) -> set[str]:
+        """The kinds of parts that a method may be composed with."""
+        return settings_of(self.method_entry(name).attention).keys() & self.parts.keys()
+
     def own_settings(self, name: str) -> dict[str, Setting]:
         """The settings of a method itself; its budget and those of its parts are not among them."""
         own = settings_of(self.method_entry(name).attention)
@@ -192,12 +205,12 @@ class Registry:
         """
         entry = self.method_entry(name)
         own = settings_of(entry.attention)
-        fields_of_parts = own.keys() & self.parts.keys()
+        fields_of_parts = self.kinds_of_parts(name)
         may_be_none = {kind for kind in fields_of_parts if own[kind].default is None}
         given = {kind: part or "none" for kind, part in (chosen or {}).items() if part or kind in may_be_none}
         for kind, part in given.items():
             if kind not in fields_of_parts:
-                raise UserError(f"method '{name}' evicts nothing and takes no --{kind} {part}; leave --{kind} out")
+                raise UserError(f"method '{name}' takes no --{kind} {part}: it {LACKS[kind]}; leave --{kind} out")
         both = {kind: part for kind, part in entry.parts.items() if kind in fields_of_parts} | given
         return {kind: part for kind, part in both.items() if part != "none" or kind not in may_be_none}
 

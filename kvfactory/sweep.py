@@ -18,7 +18,7 @@ from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
 from .errors import UserError
 from .method import Method
-from .registry import Registry
+from .registry import LACKS, Registry
 from .results import Row, RunFolder
 from .settings import settings_of
 
@@ -49,16 +49,19 @@ def make_jobs(
     settings = settings or {}
     wanted = {kind: part for kind, part in (parts or {}).items() if part is not None}
     parsed = {spec: _parse(spec) for spec in dict.fromkeys(specs)}
-    fitting = {name: wanted if registry.has_budget(name) else {} for name, _ in parsed.values()}
+    fitting = {
+        name: {kind: part for kind, part in wanted.items() if kind in registry.kinds_of_parts(name)}
+        for name, _ in parsed.values()
+    }
     known = {
         spec: registry.settings(name, fitting[name] | _parts(registry, own)) for spec, (name, own) in parsed.items()
     }
     for setting in settings:
         if not any(setting in each for each in known.values()):
             raise UserError(f"--{setting} is not a setting of {', '.join(parsed)}; {_owners(registry, setting)}")
-    if wanted and not any(fitting.values()):
-        kind, part = next(iter(wanted.items()))
-        raise UserError(f"--{kind} {part}: none of {', '.join(parsed)} evicts anything; leave it out")
+    for kind, part in wanted.items():
+        if not any(kind in each for each in fitting.values()):
+            raise UserError(f"--{kind} {part}: each of {', '.join(parsed)} {LACKS[kind]}; leave it out")
     jobs: dict[tuple[str, str | None], Job] = {}
     for (spec, (name, own)), budget in product(parsed.items(), budgets):
         has_budget = registry.has_budget(name)

@@ -38,6 +38,7 @@ from kvfactory import (
 from kvfactory.budget import Uniform
 from kvfactory.context import QUERY_CHUNK, Prompt
 from kvfactory.hookspecs import RegisterMethod
+from kvfactory.method import packed
 
 CUE = 8
 
@@ -82,25 +83,31 @@ class KVzip(EvictionMethod):
         method = self.for_prompt(tokens)
         assert isinstance(method.budget, int)
         if tokens <= method.budget:
-            return stores
+            layers = [
+                LayerContext(index, len(stores), keys[:, :0], keys, values)
+                for index, (keys, values) in enumerate(whole(stores))
+            ]
+            return [packed(store, layer, self.quant_method) for store, layer in zip(stores, layers, strict=True)]
         require(
             len(prompt.ids) == tokens,
             "kvzip feeds a prompt's tokens again, and this prompt came as embeddings; give token ids",
         )
         settings = self.sink_size, self.recent_size, self.chunk_size
-        layers = prompt.shared(("repetition", settings), lambda: method.repeat(stores, prompt))
-        kept = method.best_of_model(layers) if self.scope == "model" else map(method.select, layers)
-        return [method.store(layer, index) for layer, index in zip(layers, kept, strict=True)]
+        repeated = prompt.shared(("repetition", settings), lambda: method.repeat(stores, prompt))
+        kept = method.best_of_model(repeated) if self.scope == "model" else map(method.select, repeated)
+        return [
+            packed(method.store(layer, index), layer, self.quant_method)
+            for layer, index in zip(repeated, kept, strict=True)
+        ]
 
     def repeat(self, stores: list[Store], prompt: Prompt) -> list[RepeatedLayer]:
         """The layers, with the scores that a repetition gave their tokens."""
-        nothing = torch.empty(0)  # whatever the query, a full store shows all it has, without a copy
-        whole = [store.read(nothing).pieces(nothing)[0][1:] for store in stores]
+        held = whole(stores)
         first, end = self.sink_size, len(prompt.ids) - self.recent_size
         parts = []
         for start in range(first, end, self.chunk_size):
             chunk = slice(start, min(start + self.chunk_size, end))
-            readers = [RepeatStore(keys, values, first, chunk) for keys, values in whole]
+            readers = [RepeatStore(keys, values, first, chunk) for keys, values in held]
             prompt.feed([*readers], prompt.ids[max(start - CUE, 0) : chunk.stop])
             parts.append([reader.importance for reader in readers])
         scores = [pad(torch.cat(each, 1), (first, self.recent_size)) for each in zip(*parts, strict=True)]
@@ -108,7 +115,7 @@ class KVzip(EvictionMethod):
             RepeatedLayer(
                 index, len(stores), keys.new_empty(len(each), 0, keys.shape[2]), keys, values, importance=each
             )
-            for index, ((keys, values), each) in enumerate(zip(whole, scores, strict=True))
+            for index, ((keys, values), each) in enumerate(zip(held, scores, strict=True))
         ]
 
     def score(self, layer: LayerContext) -> Tensor:
@@ -159,6 +166,12 @@ class RepeatStore(DenseStore):
         compared = torch.cat([keys[:, : self._sinks], keys[:, self._chunk], keys[:, self._prompt :]], 1)
         self.importance = strongest_attention(query, compared)[:, self._sinks :]
         return reading
+
+
+def whole(stores: list[Store]) -> list[tuple[Tensor, Tensor]]:
+    """All keys and values of full stores, without a copy, [kv_heads, tokens, head_dim] each."""
+    nothing = torch.empty(0)  # whatever the query, a full store shows all it has
+    return [store.read(nothing).pieces(nothing)[0][1:] for store in stores]
 
 
 def strongest_attention(queries: Tensor, keys: Tensor) -> Tensor:

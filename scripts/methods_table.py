@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "methods.md"
 BUDGETS, LENGTH, PROMPT, BUDGET, REPEATS = (64, 128, 256), 1024, 2048, 128, 3
 VARIANTS = [
+    "snapkv:quant_method=kivi",
     "headkv:head_table=docs/heads/SmolLM2-135M-Instruct.json",
     "duoattention:head_patterns=docs/heads/SmolLM2-135M-Instruct.json",
     "h2o:decode_budget=same",
