@@ -33,7 +33,8 @@ def check_rows(folder: Path, budget: int) -> None:
     for row in rows:
         assert row["new_tokens"] >= 1
         if row["budget"] is None:
-            assert row["ratio"] == 1 and not row["evicted"]
+            assert not row["evicted"]
+            assert (row["ratio"] == 1) == (row["settings"].get("quant_method") is None), row["method"]
             continue
         assert row["evicted"], row["method"]
         whole = WHOLE_LAYERS.get(row["method"], 0)
