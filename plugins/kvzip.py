@@ -83,11 +83,14 @@ class KVzip(EvictionMethod):
         method = self.for_prompt(tokens)
         assert isinstance(method.budget, int)
         if tokens <= method.budget:
-            layers = [
-                LayerContext(index, len(stores), keys[:, :0], keys, values)
-                for index, (keys, values) in enumerate(whole(stores))
-            ]
-            return [packed(store, layer, self.quant_method) for store, layer in zip(stores, layers, strict=True)]
+            return (
+                stores
+                if self.quant_method is None
+                else [
+                    packed(store, LayerContext(index, len(stores), keys[:, :0], keys, values), self.quant_method)
+                    for index, (store, (keys, values)) in enumerate(zip(stores, whole(stores), strict=True))
+                ]
+            )
         require(
             len(prompt.ids) == tokens,
             "kvzip feeds a prompt's tokens again, and this prompt came as embeddings; give token ids",

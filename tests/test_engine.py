@@ -411,7 +411,8 @@ def test_new_tokens_get_their_true_positions(family: str) -> None:
                 assert positions[-1] <= 68
                 if layer == 0:
                     expected = true_keys[head * 2 // len(store.keys()), positions]
-                    torch.testing.assert_close(keys, expected, rtol=1e-4, atol=1e-4)
+                    few_bits = getattr(method, "quant_method", None) is not None
+                    torch.testing.assert_close(keys, expected, rtol=1e-4, atol=0.15 if few_bits else 1e-4)
 
 
 # ---- time ----
