@@ -1,8 +1,9 @@
 """One prefill for many methods, one decode step for many caches.
 
 A prompt's hidden states do not depend on how its cache is compressed afterwards, so one pass serves every method and
-budget. A decode step is bound by reading the weights, so sequences of different methods, budgets and prompts take it
-together: projections run on all rows at once, attention row by row on each row's own stores.
+budget, but for methods that change the prompt's own attention (`kernels.PromptAttention`). A decode step is bound by
+reading the weights, so sequences of different methods, budgets and prompts take it together: projections run on all rows
+at once, attention row by row on each row's own stores.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .attention import Patch
 from .cache import SequenceCache
 from .clock import now
+from .kernels import PromptAttention
 from .method import Method
 from .registry import get_registry
 
@@ -32,7 +34,7 @@ class Sequence:
     logits: Tensor | None
     """[vocabulary], float32, for the next token; None while `unfed` tokens wait."""
     prefill_seconds: float = 0.0
-    """The shared pass over the prompt, compression left out."""
+    """The pass over the prompt, shared or its own, compression left out."""
     decode_seconds: float = 0.0
     """This row's share of the steps it took part in."""
     tokens: list[int] = field(default_factory=list)
@@ -72,16 +74,25 @@ class Engine:
 
     @torch.no_grad()
     def prefill(self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method]) -> list[Sequence]:
-        """One pass over the prompt's token ids; one sequence a method, in order."""
+        """One pass over the prompt's token ids; one sequence a method, in order.
+
+        Methods that attend to the prompt in a way of their own take a pass each, equal ones together.
+        """
         given = torch.as_tensor(ids)
         if given.dim() > 2 or (given.dim() == 2 and len(given) != 1) or not given.numel():
             raise ValueError(f"prefill takes one prompt of at least one token, not ids of shape {tuple(given.shape)}")
         prompt = given.flatten().tolist()
         caches = [SequenceCache(method) for method in methods]
-        started = now(self.device)
-        logits = self._forward([caches], [prompt])[0]
-        seconds = now(self.device) - started - sum(cache.own_seconds for cache in caches)
-        return [Sequence(cache, len(prompt), logits, prefill_seconds=seconds) for cache in caches]
+        passes: dict[PromptAttention | None, list[SequenceCache]] = {}
+        for cache in caches:
+            passes.setdefault(cache.prompt_attention, []).append(cache)
+        made: dict[SequenceCache, Sequence] = {}
+        for together in passes.values():
+            started = now(self.device)
+            logits = self._forward([together], [prompt])[0]
+            seconds = now(self.device) - started - sum(cache.own_seconds for cache in together)
+            made |= {cache: Sequence(cache, len(prompt), logits, prefill_seconds=seconds) for cache in together}
+        return [made[cache] for cache in caches]
 
     def decode(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +28,19 @@ class Kernel:
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(query [heads, queries, dim], keys and values [heads, length, dim], allowed bool [heads or 1, queries, length] or
     None) -> output shaped like the query."""
+
+
+@runtime_checkable
+class PromptAttention(Protocol):
+    """A method with an attention of its own over its prompt: a `Method` that has this too gets a prefill of its own."""
+
+    def prefill_attention(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """The attention of one prompt to itself in one layer.
+
+        `query` is [query_heads, tokens, dim], `key` and `value` are [kv_heads, tokens, dim], all rotated and without
+        padding. The output is shaped like the query; None leaves this prompt to the model's own kernel. That runs too where
+        a sliding window is shorter than the prompt: nobody asks here then.
+        """
 
 
 def repeat_heads(kv: Tensor, groups: int) -> Tensor:

@@ -34,7 +34,7 @@ class Method(ABC):
     reads: ClassVar[str] = "nothing"
     """Whose attention it looks at, in a few words for tables."""
     prefill: ClassVar[str] = "shared"
-    """How it comes by its prompt, in a few words for tables."""
+    """How it comes by its prompt, in a few words for tables. One that has a `kernels.PromptAttention` is not shared."""
     aliases: ClassVar[dict[str, str]] = {}
     """Names that other programs use for a setting, and this one's."""
 
