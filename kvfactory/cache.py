@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from .clock import now
 from .context import LayerContext, Prompt
-from .kernels import KERNELS, decode_attention
+from .kernels import KERNELS, PromptAttention, decode_attention
 from .method import Method
 from .stores import Store
 
@@ -35,6 +36,11 @@ class SequenceCache:
     """Time the method took, as if it had run alone: measures shared with other methods count in full."""
     own_seconds: float = 0.0
     """The part of it that was really spent here, measures that another method paid for left out."""
+
+    @property
+    def prompt_attention(self) -> PromptAttention | None:
+        """The method, if it attends to its prompt in a way of its own; equal ones may share a prefill."""
+        return self.method if isinstance(self.method, PromptAttention) else None
 
     def compress(self, layer: LayerContext) -> None:
         """Add the next layer's store, and what making it took."""
@@ -62,12 +68,18 @@ class SequenceCache:
 
     def kept(self) -> list[float]:
         """Entries per stored head, one mean a layer."""
-        lengths = (store.lengths() for store in self.stores)
-        return [sum(each) / len(each) for each in lengths]
+        return [mean(store.lengths()) for store in self.stores]
+
+    def read(self) -> list[float]:
+        """Entries that a head read in the latest step, one mean a layer."""
+        return [mean(store.read_lengths()) for store in self.stores]
 
 
 class CompressedCache(Cache):
-    """The caches of a batch. Each row of a prefill fills one or more caches, each row of a later pass has exactly one."""
+    """The caches of a batch. Each row of a prefill fills one or more caches, each row of a later pass has exactly one.
+
+    The caches of a row share its prefill, so they have equal `prompt_attention`.
+    """
 
     def __init__(self, rows: list[list[SequenceCache]], kernel: str, window: int | None) -> None:
         """`kernel` is an `attn_implementation`, `window` the sliding window the model's attention has, if any."""
@@ -127,10 +139,10 @@ class CompressedCache(Cache):
     def attend(self, layer: LayerBatch, mask: Tensor | None) -> Tensor:
         """Attention output [batch, query_heads, tokens, head_dim] of one layer; fills the stores or reads them."""
         if self.is_empty:
-            output = self.kernel.prefill(layer.query, layer.key, layer.value, mask, self.window)
-            for row in range(len(self.rows)):
-                context = self._context(layer, row)
-                for cache in self.rows[row]:
+            contexts = [self._context(layer, row) for row in range(len(self.rows))]
+            output = self._prefill(layer, contexts, mask)
+            for caches, context in zip(self.rows, contexts, strict=True):
+                for cache in caches:
                     cache.compress(context)
             return output
         outputs = [
@@ -145,6 +157,25 @@ class CompressedCache(Cache):
             )
         ]
         return torch.stack(outputs)
+
+    def _prefill(self, layer: LayerBatch, contexts: list[LayerContext], mask: Tensor | None) -> Tensor:
+        """The kernel's output, or a method's own in the rows that have one, zero where they are padded."""
+        own = [self._own_prefill(*each) for each in zip(self.rows, contexts, strict=True)]
+        if all(each is not None for each in own):
+            output = torch.zeros_like(layer.query)
+        else:
+            output = self.kernel.prefill(layer.query, layer.key, layer.value, mask, self.window)
+        for row, each in enumerate(own):
+            if each is not None:
+                output[row] = pad(each, (0, 0, self._padding[row], 0))
+        return output
+
+    def _own_prefill(self, caches: list[SequenceCache], context: LayerContext) -> Tensor | None:
+        """What the method of a row makes of its prompt, [query_heads, tokens, head_dim], or None for the kernel's way."""
+        method = caches[0].prompt_attention
+        if method is None or (self.window is not None and self.window < context.num_tokens):
+            return None
+        return method.prefill_attention(context.layer_index, context.queries, context.keys, context.values)
 
     def _context(self, layer: LayerBatch, row: int) -> LayerContext:
         start = self._padding[row]

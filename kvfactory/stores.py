@@ -85,6 +85,10 @@ class Store(ABC):
     def lengths(self) -> list[int]:
         """Entries kept, one number a stored head."""
 
+    def read_lengths(self) -> list[int]:
+        """Entries that the latest step's query read, one number a list that `read` gave, or a stored head."""
+        return self.lengths()
+
     def nbytes(self) -> int:
         """Bytes of every tensor held, room to grow and bookkeeping included."""
         return sum(x.numel() * x.element_size() for x in vars(self).values() if isinstance(x, Tensor))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -212,6 +213,7 @@ class Sweep:
             "memory": job.method.memory,
             "prompt_tokens": sequence.prompt_tokens,
             "new_tokens": len(sequence.tokens),
+            "read_tokens_mean": fmean(sequence.cache.read()),
             "stop_reason": sequence.stop_reason,
             "prefill_seconds": sequence.prefill_seconds,
             "compress_seconds": sequence.cache.compress_seconds,

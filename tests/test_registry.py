@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, Store, UserError, hookimpl, load_method
 from kvfactory.budget import Pyramid, Share, Uniform
 from kvfactory.context import Prompt
+from kvfactory.kernels import PromptAttention
 from kvfactory.registry import Plugin, Registry, Setting, convert, get_registry
 from kvfactory.testing import compress_layer
 
@@ -423,6 +425,9 @@ def behaviour(method: Method) -> list[Any]:
 
     stores = [compress_layer(method, *layers[index], 3 * index, 4, hidden, frequencies) for index in range(2)]
     seen: list[Any] = []
+    if isinstance(method, PromptAttention):
+        long = [torch.randn(heads, 200, 8, generator=torch.Generator().manual_seed(heads)) for heads in (8, 4, 4)]
+        seen.append(flat(method.prefill_attention(0, *long)))
     for store in method.finish(stores, Prompt(list(range(70)), feed, torch.device("cpu"))):
         seen += [store.nbytes(), flat(store.positions()), flat(store.keys()), flat(store.values())]
         for step in range(3):
@@ -467,11 +472,26 @@ SETTINGS = [
 ]
 
 
+AT_A_SMALL_SIZE: dict[str, dict[str, Any]] = {
+    "quest": {"token_budget": 8, "page_size": 2, "dense_layers": 0},
+    "minference": {"block_size": 2, "block_count": 3},
+}
+"""Settings under which the others of a method show in seventy tokens."""
+
+
 @pytest.mark.parametrize(("name", "kind", "part", "setting"), SETTINGS)
-def test_no_setting_is_accepted_and_ignored(name: str, kind: str, part: str | None, setting: str) -> None:
+def test_no_setting_is_accepted_and_ignored(
+    name: str, kind: str, part: str | None, setting: str, tmp_path: Path
+) -> None:
     given: dict[str, Any] = {"budget": 24} | ({kind: part} if part else {})
     if "quant_residual_length" in get_registry().settings(name, {kind: part}) and setting != "quant_residual_length":
         given["quant_residual_length"] = 4  # few enough that something is quantised
+    given |= {each: value for each, value in AT_A_SMALL_SIZE.get(name, {}).items() if each != setting}
+    if name == "minference" and setting != "patterns":
+        heads = ["vertical_and_slash", 40, 50], ["stream_llm", 3, 9], ["block_sparse", 0, 0]
+        table = {str(head): [*heads[head % 3], 1.0] for head in range(8)}
+        given["patterns"] = str(tmp_path / "patterns.json")
+        Path(given["patterns"]).write_text(json.dumps([table] * 4))
     usual = behaviour(load_method(name, **given))
     ignored = []
     for value in other_values(get_registry().settings(name, {kind: part})[setting]):

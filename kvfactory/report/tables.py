@@ -21,7 +21,7 @@ from rich.text import Text
 FULL = "full"
 KEYS = ["benchmark", "group", "method", "budget"]
 SECONDS = ["prefill_seconds", "compress_seconds", "decode_seconds"]
-COSTS = ["kept_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]
+COSTS = ["kept_tokens_mean", "read_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]
 NOT_SCORES = {*COSTS, "depth_percent"}
 
 MOST_LINES = 60  # what a terminal can show; a longer table is for results.csv

@@ -1,0 +1,151 @@
+"""Quest: bounds of pages, what is read of them, and that nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kvfactory_plugins.quest import PagedStore, Quest, page_bounds, page_scores
+from test_golden_methods import Golden
+from torch import Tensor
+
+from kvfactory import Engine, UserError, compress, load_method
+from kvfactory.method import Method
+from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
+
+
+class TestQuest(MethodContract):
+    evicts = False
+
+    def make(self, budget: int) -> Method:
+        return load_method("quest", token_budget=budget, page_size=4, dense_layers=0)
+
+
+def attended(store: PagedStore, query: Tensor) -> Tensor:
+    """Which entries each query head reads, bool [query_heads, length]."""
+    mask = torch.zeros(len(query), store.lengths()[0], dtype=torch.bool)
+    chosen = store.choose(query)
+    assert chosen is not None
+    for head, pages in enumerate(chosen):
+        mask[head, store.entries_of(pages)] = True
+    return mask
+
+
+@pytest.mark.parametrize("case", ["page16_budget48", "page4_budget20", "page8_budget64"])
+def test_the_authors_evaluation(shared: Path, case: str) -> None:
+    golden = Golden(shared, f"quest__official_{case}")
+    q, k, v = golden.qkv()
+    size = golden.params["page_size"]
+    method = load_method(
+        "quest", page_size=size, token_budget=golden.params["token_budget"], dense_layers=0, recent_size=0
+    )
+    store = compress_layer(method, k[:, :-1], k[:, :-1], v[:, :-1])
+    store.append(k[:, -1:], v[:, -1:], k.shape[1] - 1)
+    assert isinstance(store, PagedStore)
+    least, most = page_bounds(k, size)
+    torch.testing.assert_close(least, golden["out_page_min"][0])
+    torch.testing.assert_close(most, golden["out_page_max"][0])
+    torch.testing.assert_close(page_scores(q[:, 0], least, most), golden["out_page_score"][0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(attended(store, q), golden["out_token_mask"][0])
+    keys, values, _ = store.read(q)
+    output = [
+        (query @ key.T / math.sqrt(q.shape[-1])).softmax(-1) @ value
+        for query, key, value in zip(q, keys, values, strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(output), golden["out_attn_out"][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["page16_tb40_recent10", "page7_tb30_recent0", "page8_tb24_recent6"])
+def test_pages_that_kvcache_factory_chooses(shared: Path, case: str) -> None:
+    """Of what comes before the recent entries. How it then cuts pages to an exact number of tokens is not done here."""
+    golden = Golden(shared, f"quest__kvf_select_{case}")
+    q, k = golden["in_q"][0], golden["in_k"][0]
+    prefix = k[:, : k.shape[1] - golden.params["recent_size"]]
+    scores = page_scores(q[:, 0], *page_bounds(prefix, golden.params["page_size"]))
+    pages = golden["out_pages"][0].long()
+    assert torch.equal(scores.topk(pages.shape[1]).indices.sort().values, pages)
+
+
+def layer(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(heads, tokens, 8, generator=generator) for heads in (4, 2, 2))
+    return q, k, v
+
+
+@given(tokens=st.integers(1, 40), size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_no_key_gives_more_than_its_pages_bound(tokens: int, size: int, seed: int) -> None:
+    q, k, _ = layer(tokens, seed)
+    query = q[:, 0]
+    scores = page_scores(query, *page_bounds(k, size))
+    products = (query[:, None] * k.repeat_interleave(2, 0)).sum(-1)
+    assert (products <= scores.repeat_interleave(size, 1)[:, :tokens] + 1e-5).all()
+    if size == 1:
+        torch.testing.assert_close(scores, products)
+
+
+@given(prompt=st.integers(1, 30), steps=st.lists(st.integers(1, 6), max_size=6), size=st.integers(1, 7))
+def test_bounds_kept_up_to_date_are_those_made_anew(prompt: int, steps: list[int], size: int) -> None:
+    _, k, v = layer(prompt + sum(steps))
+    store = PagedStore(k[:, :prompt], v[:, :prompt], Quest(page_size=size))
+    at = prompt
+    for step in steps:
+        store.append(k[:, at : at + step], v[:, at : at + step], at)
+        at += step
+    least, most = page_bounds(k, size)
+    assert torch.equal(store._least, least) and torch.equal(store._most, most)
+
+
+def test_pages_of_one_entry_are_the_best_entries() -> None:
+    q, k, v = layer(50)
+    store = compress_layer(Quest(page_size=1, token_budget=8, dense_layers=0, recent_size=0), q, k, v)
+    assert isinstance(store, PagedStore)
+    logits = (q[:, :1] @ k.repeat_interleave(2, 0).transpose(1, 2))[:, 0]
+    best = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(8).indices, True)
+    assert torch.equal(attended(store, q[:, :1]), best)
+
+
+@pytest.mark.parametrize(("length", "recent", "pages"), [(50, 1, {6}), (50, 3, {5, 6}), (48, 1, {5}), (49, 9, {5, 6})])
+def test_recent_entries_are_always_read(length: int, recent: int, pages: set[int]) -> None:
+    q, k, v = layer(length)
+    k[:, -recent:] = 0  # nothing to look for there
+    k[:, 0] += 9 * q[:, :1].unflatten(0, (2, 2)).mean(1)[:, 0]
+    store = compress_layer(Quest(page_size=8, token_budget=24, dense_layers=0, recent_size=recent), q, k, v)
+    assert isinstance(store, PagedStore)
+    chosen = store.choose(q[:, :1])
+    assert chosen is not None
+    assert all(pages <= set(head) and len(head) == 3 for head in chosen.tolist())
+
+
+def test_all_pages_are_the_stock_model() -> None:
+    model = tiny_model()
+    ids, mask = tiny_prompts(70, 41)
+    stock = generate(model, ids, mask)
+    with compress(model, load_method("quest", token_budget=96, page_size=8, dense_layers=0)):
+        assert torch.equal(generate(model, ids, mask), stock)
+
+
+def test_what_was_read_and_what_is_held() -> None:
+    """Dense layers read everything; others as many pages as were asked for. Bounds cost two numbers a page and channel."""
+    engine = Engine(tiny_model())
+    ids, _ = tiny_prompts(64)
+    full, quest = engine.prefill(
+        ids[0], [load_method("fullkv"), load_method("quest", token_budget=16, page_size=4, dense_layers=1)]
+    )
+    assert quest.cache.read() == [64.0] * 3, "nothing was read by a step yet"
+    more = [store.nbytes() - other.nbytes() for store, other in zip(quest.cache.stores, full.cache.stores, strict=True)]
+    assert more == [0, *[2 * 2 * 16 * 8 * 4] * 2]
+    engine.decode([quest], 5)
+    assert quest.cache.read() == [68.0, 16.0, 16.0]
+    assert quest.cache.kept() == [68.0] * 3
+
+
+@pytest.mark.parametrize("setting", ["token_budget", "page_size"])
+def test_bad_settings_are_told(setting: str) -> None:
+    given: dict[str, Any] = {setting: 0}
+    with pytest.raises(UserError, match=f"--{setting} is 0; it is 1 or more"):
+        load_method("quest", **given)
