@@ -11,7 +11,7 @@ from .engine import Engine, Sequence
 from .errors import UserError, at_least, require
 from .hookspecs import hookimpl
 from .merge import Merge
-from .method import EvictionMethod, Method
+from .method import EvictionMethod, Method, StoringMethod
 from .models import load_model
 from .registry import load_method
 from .scoring import AttentionScoredMethod, TrackingMethod, WindowMethod
@@ -35,6 +35,7 @@ __all__ = [
     "Share",
     "SlidingStore",
     "Store",
+    "StoringMethod",
     "TrackingMethod",
     "TrackingStore",
     "UserError",

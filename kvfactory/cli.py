@@ -154,6 +154,8 @@ PART_HELP = {
     "allocator": "How budgets are split, in place of each method's own way",
     "merge": "What evicted entries leave in those that stay, or none for nothing",
     "quant_method": "How kept entries are stored in few bits, or none for as they are",
+    "key_pruning": "Which channels of kept keys are stored, or none for all",
+    "retrieval": "Which of the kept entries a step reads, or none for all",
 }
 
 

@@ -10,7 +10,7 @@ from .attention import Family
 from .budget import BudgetAllocator
 from .merge import Merge
 from .method import Method
-from .quantisation import Quantisation
+from .storage import KeyPruning, Quantisation, Retrieval
 
 hookspec = pluggy.HookspecMarker("kvfactory")
 hookimpl = pluggy.HookimplMarker("kvfactory")
@@ -27,6 +27,8 @@ class RegisterMethod(Protocol):
         allocator: str = "uniform",
         merge: str | None = None,
         quant_method: str | None = None,
+        key_pruning: str | None = None,
+        retrieval: str | None = None,
     ) -> None: ...
 
 
@@ -46,6 +48,18 @@ class RegisterQuantisation(Protocol):
     """What a plugin calls for each way to quantise."""
 
     def __call__(self, name: str, quantisation: type[Quantisation]) -> None: ...
+
+
+class RegisterKeyPruning(Protocol):
+    """What a plugin calls for each way to prune keys."""
+
+    def __call__(self, name: str, key_pruning: type[KeyPruning]) -> None: ...
+
+
+class RegisterRetrieval(Protocol):
+    """What a plugin calls for each way to read some of what is held."""
+
+    def __call__(self, name: str, retrieval: type[Retrieval]) -> None: ...
 
 
 class RegisterFamily(Protocol):
@@ -72,6 +86,16 @@ def kvfactory_register_merges(register: RegisterMerge) -> None:
 @hookspec
 def kvfactory_register_quantisations(register: RegisterQuantisation) -> None:
     """Call `register(name, QuantisationClass)` for each way to store entries in few bits."""
+
+
+@hookspec
+def kvfactory_register_key_prunings(register: RegisterKeyPruning) -> None:
+    """Call `register(name, KeyPruningClass)` for each way to store some channels of keys."""
+
+
+@hookspec
+def kvfactory_register_retrievals(register: RegisterRetrieval) -> None:
+    """Call `register(name, RetrievalClass)` for each way to read some of what is held."""
 
 
 @hookspec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from inspect import getattr_static
 from types import FunctionType
 from typing import Any, ClassVar, Literal, Self
@@ -18,7 +18,7 @@ from .decoding import BoundedStore
 from .errors import UserError, require
 from .merge import Merge
 from .parts import Part
-from .quantisation import Quantisation
+from .storage import KeyPruning, Quantisation, Retrieval
 from .stores import DenseStore, HeadwiseStore, RaggedStore, Store, spread
 
 
@@ -65,7 +65,33 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvictionMethod(Method):
+class StoringMethod(Method):
+    """A method whose stores may hold and read what they keep in other ways."""
+
+    quant_method: Quantisation | None = None
+    """How entries are stored in few bits, if they are."""
+    key_pruning: KeyPruning | None = None
+    """Which channels of keys are stored, if not all of them."""
+    retrieval: Retrieval | None = None
+    """Which entries a step reads, if not all of them."""
+
+    def __post_init__(self) -> None:
+        if self.quant_method and self.key_pruning:
+            raise UserError(
+                f"--quant_method {self.quant_method.name} and --key_pruning {self.key_pruning.name} each hold keys in "
+                "their own way; give one of them"
+            )
+
+    def stored(self, store: Store, layer: LayerContext) -> Store:
+        """The store that was made of a layer, holding and reading its entries as the settings say."""
+        for part in (self.quant_method, self.key_pruning, self.retrieval):
+            if part is not None:
+                store = part.stored(store, layer)
+        return store
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionMethod(StoringMethod):
     """Keeps the tokens that score best, beside those it protects: at the end of prefill, and on request while decoding.
 
     A subclass writes `score`, and `protected` if some tokens are always kept. Every allocator and every merge works with
@@ -85,10 +111,9 @@ class EvictionMethod(Method):
     """Entries a head holds while decoding: a number, `same` as after the prompt, or none: nothing is evicted then."""
     decode_interval: int | Share = 1
     """Entries that an eviction while decoding frees, which come one a step; or a percentage of those held."""
-    quant_method: Quantisation | None = None
-    """How kept entries are stored in few bits, if they are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         least = self.least_budget()
         if isinstance(self.budget, int) and self.budget < least:
             raise UserError(
@@ -149,7 +174,7 @@ class EvictionMethod(Method):
 
     def compress(self, layer: LayerContext) -> Store:
         method = self.for_prompt(layer.num_tokens)
-        return packed(method.store(layer, method.select(layer)), layer, self.quant_method)
+        return self.stored(method.store(layer, method.select(layer)), layer)
 
     def for_prompt(self, tokens: int) -> Self:
         """This method with its budget in entries."""
@@ -234,7 +259,8 @@ class EvictionMethod(Method):
 
     @cached_property
     def _score_key(self) -> tuple[Any, ...]:
-        apart = ("budget", "allocator", "merge", "decode_budget", "decode_interval", "quant_method")
+        apart = {"budget", "allocator", "merge", "decode_budget", "decode_interval"}
+        apart |= {each.name for each in fields(StoringMethod)}
         return _behaviour(type(self)), *(getattr(self, each.name) for each in fields(self) if each.name not in apart)
 
     def capacity(self, tokens: int, kept: int) -> int | None:
@@ -261,11 +287,6 @@ class EvictionMethod(Method):
     @classmethod
     def _usual_interval(cls) -> Any:
         return next(each.default for each in fields(cls) if each.name == "decode_interval")
-
-
-def packed(store: Store, layer: LayerContext, quant_method: Quantisation | None) -> Store:
-    """The store of a layer, with its entries in quantised buffers if there is a way to quantise them."""
-    return store if quant_method is None else store.pack(partial(quant_method.buffer, layer))
 
 
 @cache

@@ -15,6 +15,8 @@ class Part:
 
     name: ClassVar[str] = ""
     """What it is registered as."""
+    aliases: ClassVar[dict[str, str]] = {}
+    """Names that others know a setting by, and this one's, for methods that have no setting of that name themselves."""
 
     @property
     def weighs_scores(self) -> bool:

@@ -1,61 +1,23 @@
-"""Quantised storage: what any method keeps, held in fewer bits. Eviction comes first, and goes on among quantised entries.
-
-Everything here but the buffer itself is immutable, so that a fork shares it and neither side can change the other's.
-"""
+"""Uniform quantisation, by groups, of what is older than a window."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .buffers import Buffer
+from .columns import AgingBuffer, Column, Piece
 from .context import LayerContext
 from .errors import at_least, require
 from .indexing import entries
 from .packing import Groups, pack, unpack
-from .parts import Part
+from .storage import Quantisation
 
 Bits = Literal[2, 3, 4, 8]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantisation(Part, ABC):
-    """How entries are stored in few bits; its dataclass fields are settings, as a method's are."""
-
-    @abstractmethod
-    def buffer(self, layer: LayerContext, keys: Tensor, values: Tensor) -> Buffer:
-        """A buffer of these entries [heads, length, head_dim], which a method kept of a layer."""
-
-
-class Column(ABC):
-    """Keys or values in few bits, oldest first; heads hold equally many."""
-
-    @abstractmethod
-    def decoded(self) -> Tensor:
-        """[heads, length, head_dim], float32."""
-
-    @abstractmethod
-    def keep(self, index: Tensor) -> Self:
-        """Those at index [heads, count], as exact as they are here."""
-
-    @abstractmethod
-    def heads(self) -> list[Self]:
-        """A column for each head."""
-
-    @abstractmethod
-    def joined(self, later: Self) -> Self:
-        """These and the later ones."""
-
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of every tensor held."""
 
 
 @dataclass(frozen=True)
@@ -148,108 +110,6 @@ def _levels(x: Tensor, least: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     return pack(steps.clamp(0, 2**bits - 1).round().to(torch.uint8), bits)
 
 
-Encode = Callable[[Tensor], Column]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Keys or values of some heads: quantised entries, and the recent ones as they are."""
-
-    encode: Encode
-    due: Callable[[int], int]
-    """How many of so many recent entries are to be quantised."""
-    recent: Tensor
-    """[heads, recent, head_dim]."""
-    old: Column | None = None
-    old_length: int = 0
-
-    def settled(self) -> Piece:
-        """With those quantised that are due."""
-        count = self.due(self.recent.shape[1])
-        if not count:
-            return self
-        column = self.encode(self.recent[:, :count])
-        old = column if self.old is None else self.old.joined(column)
-        return replace(self, recent=self.recent[:, count:].clone(), old=old, old_length=self.old_length + count)
-
-    def appended(self, x: Tensor) -> Piece:
-        return replace(self, recent=torch.cat([self.recent, x], 1))
-
-    def decoded(self) -> Tensor:
-        """[heads, length, head_dim], in the dtype of the recent entries."""
-        if self.old is None:
-            return self.recent
-        return torch.cat([self.old.decoded().to(self.recent.dtype), self.recent], 1)
-
-    def keep(self, index: Tensor) -> list[Piece]:
-        """Those at index [heads, count]: one piece, or one a head where heads keep different numbers of quantised ones."""
-        counts = (index < self.old_length).sum(1)
-        if counts.unique().numel() > 1:
-            return [each for head, row in zip(self.heads(), index, strict=True) for each in head.keep(row[None])]
-        count = int(counts[0])
-        old = self.old.keep(index[:, :count]) if self.old is not None and count else None
-        return [
-            replace(self, recent=entries(self.recent, index[:, count:] - self.old_length), old=old, old_length=count)
-        ]
-
-    def heads(self) -> list[Piece]:
-        """A piece for each head."""
-        olds = [None] * len(self.recent) if self.old is None else self.old.heads()
-        rows = self.recent.split(1)
-        return [replace(self, recent=row.clone(), old=old) for row, old in zip(rows, olds, strict=True)]
-
-    def nbytes(self) -> int:
-        return self.recent.nbytes + (0 if self.old is None else self.old.nbytes())
-
-
-class QuantisedBuffer(Buffer):
-    """Old entries in few bits, recent ones as they are; keys and values each by a schedule of their own."""
-
-    def __init__(self, keys: Piece, values: Piece) -> None:
-        """Pieces whose recent entries are all there is; those that are due are quantised at once."""
-        self.length = keys.recent.shape[1]
-        self._keys, self._values = [keys], [values]
-        self.settle()
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys = _appended(self._keys, keys)
-        self._values = _appended(self._values, values)
-        self.length += keys.shape[1]
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        keys, values = (torch.cat([piece.decoded() for piece in side]) for side in (self._keys, self._values))
-        return keys, values
-
-    def keep(self, index: Tensor) -> None:
-        self._keys, self._values = _kept(self._keys, index), _kept(self._values, index)
-        self.length = index.shape[1]
-
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Merged entries are quantised anew, all of them: a merge may have touched any."""
-        self._keys = [replace(self._keys[0], recent=keys, old=None, old_length=0)]
-        self._values = [replace(self._values[0], recent=values, old=None, old_length=0)]
-        self.length = keys.shape[1]
-
-    def settle(self) -> None:
-        self._keys = [piece.settled() for piece in self._keys]
-        self._values = [piece.settled() for piece in self._values]
-
-    def nbytes(self) -> int:
-        return sum(piece.nbytes() for piece in (*self._keys, *self._values))
-
-    def fork(self) -> Self:
-        return copy(self)
-
-
-def _appended(side: list[Piece], x: Tensor) -> list[Piece]:
-    return [piece.appended(part) for piece, part in zip(side, x.split(len(side[0].recent)), strict=True)]
-
-
-def _kept(side: list[Piece], index: Tensor) -> list[Piece]:
-    parts = index.split(len(side[0].recent))
-    return [kept for piece, part in zip(side, parts, strict=True) for kept in piece.keep(part)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WindowedQuantisation(Quantisation):
     """Quantises what is older than a window of recent entries, along channels or along tokens."""
@@ -274,12 +134,12 @@ class WindowedQuantisation(Quantisation):
     def buffer(self, layer: LayerContext, keys: Tensor, values: Tensor) -> Buffer:
         dim = keys.shape[-1]
         require(dim % 8 == 0, f"quantised storage takes a head_dim that is a multiple of 8, and this model's is {dim}")
-        return QuantisedBuffer(self._piece(keys, self.axis_key), self._piece(values, self.axis_value))
+        return AgingBuffer(self._piece(keys, self.axis_key), self._piece(values, self.axis_value))
 
     def _piece(self, x: Tensor, axis: int) -> Piece:
         return Piece(lambda part: self.encode(part, axis), partial(self.due, axis), x.clone())
 
-    def due(self, axis: int, recent: int) -> int:
+    def due(self, axis: int, recent: int, old: int) -> int:
         """How many of so many recent entries are to be quantised."""
         length = self.quant_residual_length
         return recent - recent % length if axis == 0 else max(recent - length, 0)

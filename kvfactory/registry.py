@@ -30,8 +30,10 @@ LACKS = {
     "allocator": "evicts nothing",
     "merge": "evicts nothing",
     "quant_method": "holds entries in a way of its own",
+    "key_pruning": "holds entries in a way of its own",
+    "retrieval": "reads entries in a way of its own",
 }
-"""What is the matter with a method that has no part of a kind."""
+"""Kinds of parts, and what is the matter with a method that cannot have one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.methods: dict[str, MethodEntry] = {}
-        self.parts: dict[str, dict[str, type[Any]]] = {"allocator": {}, "merge": {}, "quant_method": {}}
+        self.parts: dict[str, dict[str, type[Any]]] = {kind: {} for kind in LACKS}
         """Parts by name, on a shelf for each field of a method that may hold them."""
         self.families: dict[str, Family] = {}
         self.plugins: list[Plugin] = []
@@ -108,6 +110,8 @@ class Registry:
             "kvfactory_register_allocators": partial(self._register_part, "allocator"),
             "kvfactory_register_merges": partial(self._register_part, "merge"),
             "kvfactory_register_quantisations": partial(self._register_part, "quant_method"),
+            "kvfactory_register_key_prunings": partial(self._register_part, "key_pruning"),
+            "kvfactory_register_retrievals": partial(self._register_part, "retrieval"),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
         }
         for hook, register in doors.items():
@@ -144,9 +148,11 @@ class Registry:
         allocator: str = "uniform",
         merge: str | None = None,
         quant_method: str | None = None,
+        key_pruning: str | None = None,
+        retrieval: str | None = None,
     ) -> None:
-        chosen = {"allocator": allocator, "merge": merge, "quant_method": quant_method}
-        parts = {kind: part for kind, part in chosen.items() if part}
+        named = allocator, merge, quant_method, key_pruning, retrieval
+        parts = {kind: part for kind, part in zip(LACKS, named, strict=True) if part}
         self._register("method", self.methods, plugin, name, MethodEntry(attention, parts, plugin))
 
     def _register_part(self, kind: str, plugin: Plugin, name: str, part: type[Part]) -> None:
@@ -230,6 +236,12 @@ class Registry:
             known |= more
         return known
 
+    def aliases_of_parts(self, name: str, parts: Mapping[str, str | None] | None = None) -> dict[str, str]:
+        """Other names of settings of the parts a method is used with, as far as they are free."""
+        known = self.settings(name, parts)
+        used = [self.part(*each) for each in self.parts_of(name, parts).items()]
+        return {alias: meant for part in used for alias, meant in part.aliases.items() if alias not in known}
+
     def load_method(self, name: str, budget: int | str | Share | None = None, **settings: Any) -> Method:
         """A method by name, with its settings; values may be strings, as flags are. Parts are chosen by name.
 
@@ -241,6 +253,7 @@ class Registry:
         chosen = {kind: settings.pop(kind) for kind in self.parts if kind in settings}
         known = self.settings(name, chosen)
         aliases = {alias: meant for alias, meant in entry.attention.aliases.items() if alias not in known}
+        aliases |= self.aliases_of_parts(name, chosen)
         for alias, meant in aliases.items():
             if alias in settings and meant in settings:
                 raise UserError(f"{alias} and {meant} are one setting of {name}; give one of them")

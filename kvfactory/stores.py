@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import NamedTuple, Self
+from functools import partial
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -44,8 +45,10 @@ class Reading(NamedTuple):
         return [positions] if isinstance(positions, Tensor) else [each.unsqueeze(0) for each in positions]
 
 
-MakeBuffer = Callable[[Tensor, Tensor], Buffer]
-"""Makes a buffer of keys and values [heads, length, head_dim]."""
+class MakeBuffer(Protocol):
+    """Makes a buffer of keys and values [heads, length, head_dim]: of all heads, or of one of so many."""
+
+    def __call__(self, keys: Tensor, values: Tensor, head: int | None = None, heads: int = 1) -> Buffer: ...
 
 
 class Store(ABC):
@@ -103,7 +106,8 @@ class Store(ABC):
         Raises `UserError` for a store that does not hold its entries in buffers.
         """
         raise UserError(
-            f"{type(self).__name__} holds entries in a way of its own and takes no --quant_method; leave it out"
+            f"{type(self).__name__} holds entries in a way of its own and takes no --quant_method or --key_pruning; "
+            "leave it out"
         )
 
 
@@ -283,7 +287,8 @@ class HeadwiseStore(Store):
         self.observes = any(store.observes for store in stores)
 
     def pack(self, make: MakeBuffer) -> Store:
-        self._stores = [store.pack(make) for store in self._stores]
+        heads = len(self._stores)
+        self._stores = [store.pack(partial(make, head=head, heads=heads)) for head, store in enumerate(self._stores)]
         return self
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:

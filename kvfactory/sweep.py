@@ -54,9 +54,10 @@ def make_jobs(
         name: {kind: part for kind, part in wanted.items() if kind in registry.kinds_of_parts(name)}
         for name, _ in parsed.values()
     }
-    known = {
-        spec: registry.settings(name, fitting[name] | _parts(registry, own)) for spec, (name, own) in parsed.items()
-    }
+    known: dict[str, set[str]] = {}
+    for spec, (name, own) in parsed.items():
+        used = fitting[name] | _parts(registry, own)
+        known[spec] = {*registry.settings(name, used), *registry.aliases_of_parts(name, used)}
     for setting in settings:
         if not any(setting in each for each in known.values()):
             raise UserError(f"--{setting} is not a setting of {', '.join(parsed)}; {_owners(registry, setting)}")

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from kvfactory import at_least, hookimpl, require
+from kvfactory.columns import Column
 from kvfactory.hookspecs import RegisterMethod, RegisterQuantisation
 from kvfactory.indexing import entries
 from kvfactory.packing import Groups, Sparse
-from kvfactory.quantisation import Bits, Column, WindowedQuantisation
+from kvfactory.quantisation import Bits, WindowedQuantisation
 
 from .fullkv import FullKV
 
@@ -47,7 +48,7 @@ class GEAR(WindowedQuantisation):
         require(self.outlier_ratio <= 1, f"--outlier_ratio is {self.outlier_ratio}; it is a share, 1 or less")
         super().__post_init__()
 
-    def due(self, axis: int, recent: int) -> int:
+    def due(self, axis: int, recent: int, old: int) -> int:
         return recent - recent % self.quant_residual_length
 
     def encode(self, x: Tensor, axis: int) -> Column:

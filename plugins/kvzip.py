@@ -38,7 +38,6 @@ from kvfactory import (
 from kvfactory.budget import Uniform
 from kvfactory.context import QUERY_CHUNK, Prompt
 from kvfactory.hookspecs import RegisterMethod
-from kvfactory.method import packed
 
 CUE = 8
 
@@ -83,14 +82,11 @@ class KVzip(EvictionMethod):
         method = self.for_prompt(tokens)
         assert isinstance(method.budget, int)
         if tokens <= method.budget:
-            return (
-                stores
-                if self.quant_method is None
-                else [
-                    packed(store, LayerContext(index, len(stores), keys[:, :0], keys, values), self.quant_method)
-                    for index, (store, (keys, values)) in enumerate(zip(stores, whole(stores), strict=True))
-                ]
-            )
+            held = enumerate(zip(stores, whole(stores), strict=True))
+            return [
+                self.stored(store, LayerContext(index, len(stores), keys[:, :0], keys, values))
+                for index, (store, (keys, values)) in held
+            ]
         require(
             len(prompt.ids) == tokens,
             "kvzip feeds a prompt's tokens again, and this prompt came as embeddings; give token ids",
@@ -98,10 +94,7 @@ class KVzip(EvictionMethod):
         settings = self.sink_size, self.recent_size, self.chunk_size
         repeated = prompt.shared(("repetition", settings), lambda: method.repeat(stores, prompt))
         kept = method.best_of_model(repeated) if self.scope == "model" else map(method.select, repeated)
-        return [
-            packed(method.store(layer, index), layer, self.quant_method)
-            for layer, index in zip(repeated, kept, strict=True)
-        ]
+        return [self.stored(method.store(layer, index), layer) for layer, index in zip(repeated, kept, strict=True)]
 
     def repeat(self, stores: list[Store], prompt: Prompt) -> list[RepeatedLayer]:
         """The layers, with the scores that a repetition gave their tokens."""

@@ -3,33 +3,40 @@
 A page is 16 consecutive entries, of which the least and the greatest number of each key channel are noted. The query times
 whichever of the two is larger, summed over channels, bounds what it can give any key of the page; each query head reads the
 pages of the highest bounds, `token_budget` tokens of them and never fewer than three pages. The first two layers read
-everything, and so does whatever comes more than one token at a time: the prompt, and a question behind it.
+everything, and so does whatever comes more than one token at a time: the prompt, and a question behind it. Any method's
+entries may be read so: `--retrieval quest`; pages are then those of what is left, made anew after an eviction, and a
+method that goes by attention is shown none for what was not read. Bounds are those of keys as they came, quantised or not.
 
 That is the authors' evaluation, in which no page is read whatever its bound; their kernels always read the newest. Here the
-pages that hold the last `recent_size` entries are always read and count as chosen, one by default, so that a token sees
-itself; 0 is the evaluation. The evaluation counts layers from the wrong end for a model that has not 32; here the first are
-the first. KVCache-Factory cuts the chosen pages to an exact number of tokens, which drops the newest ones of them.
+pages that hold the `newest_size` last entries are always read and count as chosen, one entry by default, so that a token
+sees itself; 0 is the evaluation. The evaluation counts layers from the wrong end for a model that has not 32; here the first
+are the first. KVCache-Factory cuts the chosen pages to an exact number of tokens, which drops the newest ones of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from kvfactory import DenseStore, LayerContext, Method, Reading, Store, at_least, hookimpl
-from kvfactory.hookspecs import RegisterMethod
+from kvfactory import LayerContext, Reading, Store, at_least, hookimpl
+from kvfactory.hookspecs import RegisterMethod, RegisterRetrieval
+from kvfactory.storage import Retrieval
+
+from .fullkv import FullKV
 
 LEAST_PAGES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quest(Method):
-    """Keeps every token; a step reads the pages whose keys may match its query best."""
+class Quest(Retrieval):
+    """A step reads the pages whose keys may match its query best."""
 
-    reads: ClassVar[str] = "bounds of each step's query"
+    aliases: ClassVar[dict[str, str]] = {"recent_size": "newest_size"}
 
     token_budget: int = 256
     """Tokens that a query head reads at each step, in whole pages."""
@@ -37,72 +44,158 @@ class Quest(Method):
     """Entries of a page."""
     dense_layers: int = 2
     """First layers, which read everything."""
-    recent_size: int = 1
+    newest_size: int = 1
     """Newest entries whose pages are always read."""
 
     def __post_init__(self) -> None:
-        at_least(self, token_budget=1, page_size=1, dense_layers=0, recent_size=0)
+        at_least(self, token_budget=1, page_size=1, dense_layers=0, newest_size=0)
 
-    def compress(self, layer: LayerContext) -> Store:
-        if layer.layer_index < self.dense_layers:
-            return DenseStore(layer.keys, layer.values)
-        return PagedStore(layer.keys, layer.values, self)
+    def stored(self, store: Store, layer: LayerContext) -> Store:
+        return store if layer.layer_index < self.dense_layers else PagedStore(store, self)
 
-
-class PagedStore(DenseStore):
-    """Everything there is, and of each page the least and the greatest number of each key channel."""
-
-    def __init__(self, keys: Tensor, values: Tensor, method: Quest) -> None:
-        """Keys and values [kv_heads, length, head_dim]."""
-        super().__init__(keys, values)
-        self._method = method
-        self._least, self._most = page_bounds(keys, method.page_size)
-        self._read: list[int] | None = None
-
-    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        open_page = self._length // self._method.page_size  # the pages before it are full, and stay as they are
-        super().append(keys, values, position)
-        unsettled = self._buffer.read()[0][:, open_page * self._method.page_size :]
-        least, most = page_bounds(unsettled, self._method.page_size)
-        self._least = torch.cat([self._least[:, :open_page], least], 1)
-        self._most = torch.cat([self._most[:, :open_page], most], 1)
-
-    def read(self, query: Tensor) -> Reading:
-        whole = super().read(query)
-        chosen = self.choose(query)
-        if chosen is None:
-            self._read = None
-            return whole
-        assert isinstance(whole.keys, Tensor) and isinstance(whole.values, Tensor)
-        group = len(query) // len(whole.keys)
-        index = [self.entries_of(pages) for pages in chosen]
-        keys = [whole.keys[head // group, each] for head, each in enumerate(index)]
-        values = [whole.values[head // group, each] for head, each in enumerate(index)]
-        self._read = [len(each) for each in index]
-        positions = self._all_positions()[0]
-        return Reading(keys, values, lambda: [positions[each] for each in index])
-
-    def read_lengths(self) -> list[int]:
-        return self.lengths() if self._read is None else self._read
-
-    def choose(self, query: Tensor) -> Tensor | None:
-        """Pages that each query head reads, [query_heads, count], ascending; None for all of them."""
-        method = self._method
-        pages = self._least.shape[1]
-        count = max(method.token_budget // method.page_size, LEAST_PAGES)
-        if query.shape[1] > 1 or count >= pages:
+    def choose(self, query: Tensor, pages: Pages) -> Tensor | None:
+        """Pages that each query head of query [query_heads, head_dim] reads, [query_heads, count], ascending; None: all."""
+        count = max(self.token_budget // self.page_size, LEAST_PAGES)
+        if count >= pages.least.shape[1]:
             return None
-        bounds = page_scores(query[:, 0], self._least, self._most)
-        recent = -(-self._length // method.page_size) - max(self._length - method.recent_size, 0) // method.page_size
-        if method.recent_size:
-            bounds[:, pages - min(recent, pages) :] = torch.inf
+        bounds = page_scores(query, pages.least, pages.most)
+        if self.newest_size:
+            bounds[:, max(pages.length - self.newest_size, 0) // self.page_size :] = torch.inf
         return bounds.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
 
-    def entries_of(self, pages: Tensor) -> Tensor:
-        """The entries of pages [count], ascending."""
-        size = self._method.page_size
-        entries = (pages[:, None] * size + torch.arange(size, device=pages.device)).flatten()
-        return entries[entries < self._length]
+
+class Pages(NamedTuple):
+    """What is noted of the pages of heads that hold equally many entries; the last page may be short."""
+
+    least: Tensor
+    """[heads, pages, head_dim]."""
+    most: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, keys: Tensor, page_size: int, before: Pages | None = None) -> Pages:
+        """Those of keys [heads, length, head_dim]; full pages `before` are as they were."""
+        if before is None:
+            return cls(*page_bounds(keys, page_size), keys.shape[1])
+        if before.length == keys.shape[1]:
+            return before
+        full = before.length // page_size
+        least, most = page_bounds(keys[:, full * page_size :], page_size)
+        least, most = torch.cat([before.least[:, :full], least], 1), torch.cat([before.most[:, :full], most], 1)
+        return cls(least, most, keys.shape[1])
+
+
+class PagedStore(Store):
+    """A store that is read by pages; what it keeps and evicts is the other store's business."""
+
+    def __init__(self, store: Store, quest: Quest) -> None:
+        self.observes = store.observes
+        self._store, self._quest = store, quest
+        self._pages: list[Pages] = []  # one for each piece of a reading; none if entries were evicted since
+        self._read: list[Tensor] | None = None  # entries that each query head reads in this step; None: all
+        self._read_lengths: list[int] | None = None  # how many they were in the latest
+        self._is_ragged = False
+        self._note(store.keys())
+
+    def _note(self, keys: list[Tensor]) -> None:
+        """Bring bounds up to date, head by head: keys are [length, head_dim] each."""
+        before: Sequence[Pages | None] = self._pages or [None] * len(keys)
+        pages = [Pages.of(each[None], self._quest.page_size, old) for each, old in zip(keys, before, strict=True)]
+        self._pages = pages
+
+    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
+        grown = [length + keys.shape[1] for length in self._store.lengths()]
+        self._store.append(keys, values, position)
+        if self._store.lengths() != grown:
+            self._pages = []
+
+    def read(self, query: Tensor) -> Reading:
+        whole = self._store.read(query)
+        keys, values = (list(each) for each in (whole.keys, whole.values))
+        self._note(keys)
+        self._is_ragged = isinstance(whole.keys, list)
+        group = len(query) // len(keys)
+        self._read = None if query.shape[1] > 1 else self._choose(query[:, 0].split(group))
+        self._read_lengths = None if self._read is None else [len(each) for each in self._read]
+        if self._read is None:
+            return whole
+        index = self._read
+
+        def positions() -> list[Tensor]:
+            listed = whole.positions()
+            rows = list(listed) if len(listed) == len(keys) else [listed[0]] * len(keys)
+            return [rows[head // group][each] for head, each in enumerate(index)]
+
+        picked = [(keys[head // group][each], values[head // group][each]) for head, each in enumerate(index)]
+        return Reading([key for key, _ in picked], [value for _, value in picked], positions)
+
+    def _choose(self, queries: tuple[Tensor, ...]) -> list[Tensor] | None:
+        """Entries that each query head reads, ascending, of queries [group, head_dim] a stored head; None: all."""
+        chosen = [self._quest.choose(query, pages) for query, pages in zip(queries, self._pages, strict=True)]
+        if all(each is None for each in chosen):
+            return None
+        return [
+            self._entries(head, pages.length)
+            for heads, pages, query in zip(chosen, self._pages, queries, strict=True)
+            for head in (heads if heads is not None else [None] * len(query))
+        ]
+
+    def _entries(self, pages: Tensor | None, length: int) -> Tensor:
+        """The entries of pages [count], ascending; of all where there are none named."""
+        device = self._pages[0].least.device
+        if pages is None:
+            return torch.arange(length, device=device)
+        size = self._quest.page_size
+        at = (pages[:, None] * size + torch.arange(size, device=device)).flatten()
+        return at[at < length]
+
+    def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+        held = self._store.lengths()
+        self._store.observe(weights if weights is None or self._read is None else self._over_all(list(weights)))
+        self._read = None
+        if self._store.lengths() != held:
+            self._pages = []
+
+    def _over_all(self, weights: list[Tensor]) -> Tensor | list[Tensor]:
+        """Weights over what each query head read, [1, 1, read], as weights over all there is, 0 elsewhere."""
+        assert self._read is not None
+        group, lengths = len(weights) // len(self._pages), [pages.length for pages in self._pages]
+        spread = [
+            each.new_zeros(1, 1, lengths[head // group]).index_copy_(2, index, each)
+            for head, (each, index) in enumerate(zip(weights, self._read, strict=True))
+        ]
+        heads = [torch.cat(spread[start : start + group]) for start in range(0, len(spread), group)]
+        return heads if self._is_ragged else torch.cat(heads)
+
+    def read_lengths(self) -> list[int]:
+        return self._read_lengths or self.lengths()
+
+    def positions(self) -> list[Tensor]:
+        return self._store.positions()
+
+    def keys(self) -> list[Tensor]:
+        return self._store.keys()
+
+    def values(self) -> list[Tensor]:
+        return self._store.values()
+
+    def lengths(self) -> list[int]:
+        return self._store.lengths()
+
+    def nbytes(self) -> int:
+        return self._store.nbytes() + sum(pages.least.nbytes + pages.most.nbytes for pages in self._pages)
+
+    def fork(self) -> Self:
+        twin = copy(self)
+        twin._store = self._store.fork()
+        return twin
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullByPages(FullKV):
+    """Every token, read so."""
+
+    reads: ClassVar[str] = "bounds of each step's query"
 
 
 def page_bounds(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -126,5 +219,10 @@ def page_scores(query: Tensor, least: Tensor, most: Tensor) -> Tensor:
 
 
 @hookimpl
+def kvfactory_register_retrievals(register: RegisterRetrieval) -> None:
+    register("quest", Quest)
+
+
+@hookimpl
 def kvfactory_register_methods(register: RegisterMethod) -> None:
-    register("quest", attention=Quest)
+    register("quest", attention=FullByPages, retrieval="quest")

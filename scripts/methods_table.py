@@ -35,6 +35,7 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "methods.md"
 BUDGETS, LENGTH, PROMPT, BUDGET, REPEATS = (64, 128, 256), 1024, 2048, 128, 3
 VARIANTS = [
     "snapkv:quant_method=kivi",
+    "snapkv:retrieval=quest:token_budget=64",
     "headkv:head_table=docs/heads/SmolLM2-135M-Instruct.json",
     "duoattention:head_patterns=docs/heads/SmolLM2-135M-Instruct.json",
     "h2o:decode_budget=same",
@@ -54,6 +55,7 @@ HEADS = [
     "prefill",
     "allocators",
     "merges",
+    "storage",
     f"MiB at {BUDGET} of {PROMPT}",
     "of full",
     "compress s",
@@ -85,7 +87,7 @@ def settings_table(registry: Registry) -> str:
 def words(registry: Registry) -> dict[str, list[str]]:
     """The columns that need no measurement, by method."""
     return {
-        each.name: [each.paper, each.acts_in, each.reads, each.prefill, each.allocators, each.merges]
+        each.name: [each.paper, each.acts_in, each.reads, each.prefill, each.allocators, each.merges, each.storages]
         for each in facts(registry, built_in(registry))
     }
 
@@ -96,14 +98,14 @@ def table(registry: Registry, numbers: dict[str, list[str]]) -> str:
     lines: list[list[str]] = []
     for name in known:
         lines.append([f"`{name}`", *known[name], *numbers.get(name, ["?"] * (3 + len(BUDGETS)))])
-        lines += [[f"`{each}`", *[""] * 6, *numbers[each]] for each in numbers if each.startswith(f"{name}:")]
+        lines += [[f"`{each}`", *[""] * 7, *numbers[each]] for each in numbers if each.startswith(f"{name}:")]
     return markdown(HEADS, lines)
 
 
 def read_numbers(text: str) -> dict[str, list[str]]:
     """The measured columns of a page, as they are."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in between(text, "table").splitlines()[2:]]
-    return {line[0].strip("`"): line[7:] for line in lines}
+    return {line[0].strip("`"): line[8:] for line in lines}
 
 
 def between(text: str, name: str) -> str:

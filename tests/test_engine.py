@@ -44,7 +44,7 @@ WHILE_DECODING: dict[str, dict[str, Any]] = {
 
 def all_methods() -> list[Method]:
     """Every built-in method at two budgets, and those that act while decoding once more."""
-    first_as_it_is = {"minicache": {"start_layer": 2}}
+    first_as_it_is = {"minicache": {"start_layer": 2}, "think": {"pruning_ratio": 0}}
     plain = [
         load_method(name, budget=budget, **first_as_it_is.get(name, {})) for name in BUILT_IN for budget in (20, 40)
     ]

@@ -25,7 +25,9 @@ from kvfactory.sweep import make_jobs
 from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
 
 REGISTRY = get_registry()
-EVICTING = sorted(name for name in REGISTRY.methods if REGISTRY.has_budget(name))
+EVICTING = sorted(
+    name for name, entry in REGISTRY.methods.items() if REGISTRY.has_budget(name) and "key_pruning" not in entry.parts
+)
 STORAGES = sorted(REGISTRY.parts["quant_method"])
 BITS = (2, 3, 4, 8)
 SMALL: dict[str, Any] = {"quant_residual_length": 8, "q_group_size": 8}

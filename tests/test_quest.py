@@ -14,9 +14,10 @@ from kvfactory_plugins.quest import PagedStore, Quest, page_bounds, page_scores
 from test_golden_methods import Golden
 from torch import Tensor
 
-from kvfactory import Engine, UserError, compress, load_method
+from kvfactory import DenseStore, Engine, HeadwiseStore, UserError, compress, load_method
 from kvfactory.method import Method
-from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
+from kvfactory.registry import get_registry
+from kvfactory.testing import MethodContract, compress_layer, generate, tensors_of, tiny_model, tiny_prompts
 
 
 class TestQuest(MethodContract):
@@ -29,10 +30,10 @@ class TestQuest(MethodContract):
 def attended(store: PagedStore, query: Tensor) -> Tensor:
     """Which entries each query head reads, bool [query_heads, length]."""
     mask = torch.zeros(len(query), store.lengths()[0], dtype=torch.bool)
-    chosen = store.choose(query)
-    assert chosen is not None
-    for head, pages in enumerate(chosen):
-        mask[head, store.entries_of(pages)] = True
+    store.read(query)
+    assert store._read is not None
+    for head, index in enumerate(store._read):
+        mask[head, index] = True
     return mask
 
 
@@ -42,7 +43,7 @@ def test_the_authors_evaluation(shared: Path, case: str) -> None:
     q, k, v = golden.qkv()
     size = golden.params["page_size"]
     method = load_method(
-        "quest", page_size=size, token_budget=golden.params["token_budget"], dense_layers=0, recent_size=0
+        "quest", page_size=size, token_budget=golden.params["token_budget"], dense_layers=0, newest_size=0
     )
     store = compress_layer(method, k[:, :-1], k[:, :-1], v[:, :-1])
     store.append(k[:, -1:], v[:, -1:], k.shape[1] - 1)
@@ -77,6 +78,12 @@ def layer(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def paged(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> PagedStore:
+    store = compress_layer(load_method("quest", dense_layers=0, **settings), q, k, v)
+    assert isinstance(store, PagedStore)
+    return store
+
+
 @given(tokens=st.integers(1, 40), size=st.integers(1, 9), seed=st.integers(0, 99))
 def test_no_key_gives_more_than_its_pages_bound(tokens: int, size: int, seed: int) -> None:
     q, k, _ = layer(tokens, seed)
@@ -90,19 +97,21 @@ def test_no_key_gives_more_than_its_pages_bound(tokens: int, size: int, seed: in
 
 @given(prompt=st.integers(1, 30), steps=st.lists(st.integers(1, 6), max_size=6), size=st.integers(1, 7))
 def test_bounds_kept_up_to_date_are_those_made_anew(prompt: int, steps: list[int], size: int) -> None:
-    _, k, v = layer(prompt + sum(steps))
-    store = PagedStore(k[:, :prompt], v[:, :prompt], Quest(page_size=size))
+    q, k, v = layer(prompt + sum(steps))
+    store = PagedStore(DenseStore(k[:, :prompt], v[:, :prompt]), Quest(page_size=size))
     at = prompt
     for step in steps:
         store.append(k[:, at : at + step], v[:, at : at + step], at)
+        store.read(q[:, at : at + step])
         at += step
     least, most = page_bounds(k, size)
-    assert torch.equal(store._least, least) and torch.equal(store._most, most)
+    assert torch.equal(torch.cat([pages.least for pages in store._pages]), least)
+    assert torch.equal(torch.cat([pages.most for pages in store._pages]), most)
 
 
 def test_pages_of_one_entry_are_the_best_entries() -> None:
     q, k, v = layer(50)
-    store = compress_layer(Quest(page_size=1, token_budget=8, dense_layers=0, recent_size=0), q, k, v)
+    store = paged(q, k, v, page_size=1, token_budget=8, newest_size=0)
     assert isinstance(store, PagedStore)
     logits = (q[:, :1] @ k.repeat_interleave(2, 0).transpose(1, 2))[:, 0]
     best = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(8).indices, True)
@@ -114,11 +123,10 @@ def test_recent_entries_are_always_read(length: int, recent: int, pages: set[int
     q, k, v = layer(length)
     k[:, -recent:] = 0  # nothing to look for there
     k[:, 0] += 9 * q[:, :1].unflatten(0, (2, 2)).mean(1)[:, 0]
-    store = compress_layer(Quest(page_size=8, token_budget=24, dense_layers=0, recent_size=recent), q, k, v)
-    assert isinstance(store, PagedStore)
-    chosen = store.choose(q[:, :1])
-    assert chosen is not None
-    assert all(pages <= set(head) and len(head) == 3 for head in chosen.tolist())
+    store = paged(q, k, v, page_size=8, token_budget=24, newest_size=recent)
+    for head in attended(store, q[:, :1]):
+        read = {entry // 8 for entry in head.nonzero()[:, 0].tolist()}
+        assert pages <= read and len(read) == 3
 
 
 def test_all_pages_are_the_stock_model() -> None:
@@ -149,3 +157,69 @@ def test_bad_settings_are_told(setting: str) -> None:
     given: dict[str, Any] = {setting: 0}
     with pytest.raises(UserError, match=f"--{setting} is 0; it is 1 or more"):
         load_method("quest", **given)
+
+
+# ---- on top of eviction ----
+
+EVICTING = sorted(name for name in get_registry().methods if get_registry().has_budget(name))
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_every_method_may_be_read_by_pages(name: str) -> None:
+    """All pages are the method as it is; few pages are read, and what is kept stays the method's business."""
+    engine = Engine(tiny_model())
+    ids, _ = tiny_prompts(90)
+    window = {"window_size": 4} if "window_size" in get_registry().own_settings(name) else {}
+
+    def method(**pages: int) -> Method:
+        part = {"retrieval": "quest", "page_size": 2, "dense_layers": 0} if pages else {}
+        return load_method(name, budget=40, **window, **part, **pages)
+
+    sequences = engine.prefill(ids[0], [method(), method(token_budget=400), method(token_budget=8)])
+    plain, whole, _ = engine.decode(sequences, 12)
+    assert whole == plain
+    kept, _, by_pages = (sequence.cache.kept() for sequence in sequences)
+    assert by_pages == kept
+    assert max(sequences[2].cache.read()) <= 8
+
+
+def test_what_is_observed_is_spread_over_all_entries() -> None:
+    """A method that goes by each step's attention sees what each head paid to the entries it read, and 0 elsewhere."""
+    q, k, v = layer(30)
+    seen: list[Tensor] = []
+
+    class Watching(DenseStore):
+        observes = True
+
+        def observe(self, weights: Tensor | list[Tensor] | None) -> None:
+            assert isinstance(weights, Tensor)
+            seen.append(weights)
+
+    store = PagedStore(Watching(k, v), Quest(page_size=5, token_budget=15))
+    store.append(k[:, :1], v[:, :1], 30)
+    reading = store.read(q[:, -1:])
+    weights = [torch.rand(1, 1, len(keys)) for keys in reading.keys]
+    store.observe(weights)
+    (spread,) = seen
+    assert spread.shape == (4, 1, 31)
+    for head, mask in enumerate(attended(store, q[:, -1:])):
+        assert torch.equal(spread[head, 0, mask], weights[head][0, 0])
+        assert not spread[head, 0, ~mask].any()
+
+
+def test_ragged_heads_have_pages_each() -> None:
+    q, k, v = layer(60)
+    k[0] *= 3  # one head is sharper than the other
+    store = compress_layer(
+        load_method(
+            "adakv", budget=24, retrieval="quest", page_size=2, token_budget=8, dense_layers=0, quant_method="kivi"
+        ),
+        q,
+        k,
+        v,
+    )
+    assert isinstance(store, PagedStore) and isinstance(store._store, HeadwiseStore)
+    keys, _, positions = store.read(torch.randn(4, 1, 8))
+    assert [len(each) for each in keys] == [len(each) for each in positions()] == store.read_lengths()
+    store.observe(None)
+    assert sum(x.nbytes for x in tensors_of(store)) <= store.nbytes()

@@ -474,9 +474,10 @@ SETTINGS = [
 
 AT_A_SMALL_SIZE: dict[str, dict[str, Any]] = {
     "quest": {"token_budget": 8, "page_size": 2, "dense_layers": 0},
+    "think": {"whole_size": 4},
     "minference": {"block_size": 2, "block_count": 3},
 }
-"""Settings under which the others of a method show in seventy tokens."""
+"""Settings under which the others of a method or part show in seventy tokens."""
 
 
 @pytest.mark.parametrize(("name", "kind", "part", "setting"), SETTINGS)
@@ -486,7 +487,8 @@ def test_no_setting_is_accepted_and_ignored(
     given: dict[str, Any] = {"budget": 24} | ({kind: part} if part else {})
     if "quant_residual_length" in get_registry().settings(name, {kind: part}) and setting != "quant_residual_length":
         given["quant_residual_length"] = 4  # few enough that something is quantised
-    given |= {each: value for each, value in AT_A_SMALL_SIZE.get(name, {}).items() if each != setting}
+    small = AT_A_SMALL_SIZE.get(name, {}) | AT_A_SMALL_SIZE.get(part or "", {})
+    given |= {each: value for each, value in small.items() if each != setting}
     if name == "minference" and setting != "patterns":
         heads = ["vertical_and_slash", 40, 50], ["stream_llm", 3, 9], ["block_sparse", 0, 0]
         table = {str(head): [*heads[head % 3], 1.0] for head in range(8)}

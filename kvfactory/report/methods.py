@@ -35,6 +35,7 @@ class Facts:
     prefill: str
     allocators: str
     merges: str
+    storages: str
 
     @property
     def paper(self) -> str:
@@ -73,14 +74,16 @@ def _facts(registry: Registry, name: str, layer_table: str) -> Facts:
         acts_in,
         cls.reads,
         cls.prefill,
-        *(_goes_with(registry, name, kind, layer_table) for kind in ("allocator", "merge")),
+        _goes_with(registry, name, ["allocator"], layer_table),
+        _goes_with(registry, name, ["merge"], layer_table),
+        _goes_with(registry, name, ["quant_method", "key_pruning", "retrieval"], layer_table),
     )
 
 
-def _goes_with(registry: Registry, name: str, kind: str, layer_table: str) -> str:
-    shelf = list(registry.parts[kind])
-    fitting = [part for part in shelf if refusal(registry, name, {kind: part}, layer_table) is None]
-    left = [part for part in shelf if part not in fitting]
+def _goes_with(registry: Registry, name: str, kinds: list[str], layer_table: str) -> str:
+    shelf = [(kind, part) for kind in kinds for part in registry.parts[kind]]
+    fitting = [part for kind, part in shelf if refusal(registry, name, {kind: part}, layer_table) is None]
+    left = [part for _, part in shelf if part not in fitting]
     if not left:
         return "any"
     return f"any but {', '.join(left)}" if len(left) < len(fitting) else ", ".join(fitting) or "none"
