@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import copy
-from typing import Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
 from .indexing import entries
+
+Positions = Callable[[], Tensor]
+"""Gives the true positions of a store's entries, [heads or 1, length], ascending."""
 
 
 class Buffer(ABC):
@@ -22,7 +26,7 @@ class Buffer(ABC):
         """Add entries [heads, tokens, head_dim]."""
 
     @abstractmethod
-    def read(self) -> tuple[Tensor, Tensor]:
+    def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, length, head_dim], in the model's dtype; what was just appended is as it came."""
 
     @abstractmethod
@@ -33,7 +37,7 @@ class Buffer(ABC):
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold these entries [heads, count, head_dim], which are new tensors, in place of all there are."""
 
-    def settle(self) -> None:
+    def settle(self, positions: Positions) -> None:
         """A step's attention is done: the place to hold what grew old in fewer bytes."""
 
     def nbytes(self) -> int:
@@ -43,6 +47,12 @@ class Buffer(ABC):
     @abstractmethod
     def fork(self) -> Self:
         """A second buffer that starts from here; writing to one leaves the other alone."""
+
+
+class MakeBuffer(Protocol):
+    """Makes a buffer of keys and values [heads, length, head_dim]: of all heads, or of one of so many."""
+
+    def __call__(self, keys: Tensor, values: Tensor, head: int | None = None, heads: int = 1) -> Buffer: ...
 
 
 class PlainBuffer(Buffer):
@@ -75,7 +85,7 @@ class PlainBuffer(Buffer):
         self.keys, self.values = grown(self.keys), grown(self.values)
         self.shared = False
 
-    def read(self) -> tuple[Tensor, Tensor]:
+    def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
         return self.keys.narrow(1, 0, self.length), self.values.narrow(1, 0, self.length)
 
     def keep(self, index: Tensor) -> None:

@@ -134,7 +134,9 @@ class CompressedCache(Cache):
             shared: dict[Any, Any] = {}
             for cache in row:
                 feed_row = partial(feed, cache.method, cache.seen)
-                cache.finish(Prompt(tokens[padding:], feed_row, prompts.device, _shared=shared))
+                cache.finish(
+                    Prompt(tokens[padding:], feed_row, prompts.device, self.inverse_frequencies, _shared=shared)
+                )
 
     def attend(self, layer: LayerBatch, mask: Tensor | None) -> Tensor:
         """Attention output [batch, query_heads, tokens, head_dim] of one layer; fills the stores or reads them."""

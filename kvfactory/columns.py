@@ -6,15 +6,16 @@ Everything here but the buffer itself is immutable, so that a fork shares it and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from .buffers import Buffer
+from .buffers import Buffer, Positions
 from .indexing import entries
 
 
@@ -42,38 +43,69 @@ class Column(ABC):
         """Bytes of every tensor held."""
 
 
-Encode = Callable[[Tensor], Column]
+class Encoder(ABC):
+    """How keys or values of some heads are encoded, and when."""
+
+    turns: bool = False
+    """True: `turned` does something, and positions are looked up for it."""
+
+    @abstractmethod
+    def due(self, recent: int, old: int) -> int:
+        """Of so many recent entries, behind so many old ones, how many are to be encoded."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, positions: Positions) -> Column:
+        """A column of the due entries x [heads, tokens, head_dim], which were turned back, and their positions."""
+
+    def turned(self, x: Tensor, positions: Tensor, sign: int) -> Tensor:
+        """Entries turned back to how they are encoded, sign -1, or as they are read, sign 1; nothing by default."""
+        return x
+
+    def of_head(self, head: int) -> Encoder:
+        """The encoder of one of these heads."""
+        return self
+
+    def nbytes(self) -> int:
+        """Bytes of what it holds that is this sequence's own; what is the model's does not count."""
+        return 0
 
 
 @dataclass(frozen=True)
 class Piece:
     """Keys or values of some heads: encoded entries, and the recent ones as they are."""
 
-    encode: Encode
-    due: Callable[[int, int], int]
-    """Of so many recent entries, behind so many old ones, how many are to be encoded."""
+    encoder: Encoder
     recent: Tensor
     """[heads, recent, head_dim]."""
     old: Column | None = None
     old_length: int = 0
 
-    def settled(self) -> Piece:
+    def settled(self, positions: Positions) -> Piece:
         """With those encoded that are due."""
-        count = self.due(self.recent.shape[1], self.old_length)
+        count = self.encoder.due(self.recent.shape[1], self.old_length)
         if not count:
             return self
-        column = self.encode(self.recent[:, :count])
+        end = self.old_length + count
+
+        def of_due() -> Tensor:
+            return positions()[:, self.old_length : end]
+
+        x = self.recent[:, :count]
+        x = self.encoder.turned(x, of_due(), -1) if self.encoder.turns else x
+        column = self.encoder.encode(x, of_due)
         old = column if self.old is None else self.old.joined(column)
-        return replace(self, recent=self.recent[:, count:].clone(), old=old, old_length=self.old_length + count)
+        return replace(self, recent=self.recent[:, count:].clone(), old=old, old_length=end)
 
     def appended(self, x: Tensor) -> Piece:
         return replace(self, recent=torch.cat([self.recent, x], 1))
 
-    def decoded(self) -> Tensor:
+    def decoded(self, positions: Positions) -> Tensor:
         """[heads, length, head_dim], in the dtype of the recent entries."""
         if self.old is None:
             return self.recent
-        return torch.cat([self.old.decoded().to(self.recent.dtype), self.recent], 1)
+        old = self.old.decoded()
+        old = self.encoder.turned(old, positions()[:, : self.old_length], 1) if self.encoder.turns else old
+        return torch.cat([old.to(self.recent.dtype), self.recent], 1)
 
     def keep(self, index: Tensor) -> list[Piece]:
         """Those at index [heads, count]: one piece, or one a head where heads keep different numbers of encoded ones."""
@@ -82,51 +114,55 @@ class Piece:
             return [each for head, row in zip(self.heads(), index, strict=True) for each in head.keep(row[None])]
         count = int(counts[0])
         old = self.old.keep(index[:, :count]) if self.old is not None and count else None
-        return [
-            replace(self, recent=entries(self.recent, index[:, count:] - self.old_length), old=old, old_length=count)
-        ]
+        recent = entries(self.recent, index[:, count:] - self.old_length)
+        return [replace(self, recent=recent, old=old, old_length=count)]
 
     def heads(self) -> list[Piece]:
         """A piece for each head."""
         olds = [None] * len(self.recent) if self.old is None else self.old.heads()
-        rows = self.recent.split(1)
-        return [replace(self, recent=row.clone(), old=old) for row, old in zip(rows, olds, strict=True)]
+        return [
+            Piece(self.encoder.of_head(head), row.clone(), old, self.old_length)
+            for head, (row, old) in enumerate(zip(self.recent.split(1), olds, strict=True))
+        ]
 
     def nbytes(self) -> int:
-        return self.recent.nbytes + (0 if self.old is None else self.old.nbytes())
+        return self.recent.nbytes + self.encoder.nbytes() + (0 if self.old is None else self.old.nbytes())
 
 
 class AgingBuffer(Buffer):
     """Old entries encoded, recent ones as they are; keys and values each by a schedule of their own."""
 
     def __init__(self, keys: Piece, values: Piece) -> None:
-        """Pieces whose recent entries are all there is; those that are due are encoded at once."""
+        """Pieces whose recent entries are all there is; those that are due are encoded when the buffer settles."""
         self.length = keys.recent.shape[1]
         self._keys, self._values = [keys], [values]
-        self.settle()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys = _appended(self._keys, keys)
-        self._values = _appended(self._values, values)
+        self._keys = [piece.appended(x) for piece, x in _by_piece(self._keys, keys)]
+        self._values = [piece.appended(x) for piece, x in _by_piece(self._values, values)]
         self.length += keys.shape[1]
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        keys, values = (torch.cat([piece.decoded() for piece in side]) for side in (self._keys, self._values))
+    def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        keys, values = (
+            torch.cat([piece.decoded(at) for piece, at in _located(side, positions)])
+            for side in (self._keys, self._values)
+        )
         return keys, values
 
     def keep(self, index: Tensor) -> None:
-        self._keys, self._values = _kept(self._keys, index), _kept(self._values, index)
+        self._keys = [kept for piece, part in _by_piece(self._keys, index) for kept in piece.keep(part)]
+        self._values = [kept for piece, part in _by_piece(self._values, index) for kept in piece.keep(part)]
         self.length = index.shape[1]
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Merged entries are encoded anew, all of them: a merge may have touched any."""
-        self._keys = [replace(self._keys[0], recent=keys, old=None, old_length=0)]
-        self._values = [replace(self._values[0], recent=values, old=None, old_length=0)]
+        self._keys = [Piece(piece.encoder, x) for piece, x in _by_piece(self._keys, keys)]
+        self._values = [Piece(piece.encoder, x) for piece, x in _by_piece(self._values, values)]
         self.length = keys.shape[1]
 
-    def settle(self) -> None:
-        self._keys = [piece.settled() for piece in self._keys]
-        self._values = [piece.settled() for piece in self._values]
+    def settle(self, positions: Positions) -> None:
+        self._keys = [piece.settled(at) for piece, at in _located(self._keys, positions)]
+        self._values = [piece.settled(at) for piece, at in _located(self._values, positions)]
 
     def nbytes(self) -> int:
         return sum(piece.nbytes() for piece in (*self._keys, *self._values))
@@ -135,10 +171,17 @@ class AgingBuffer(Buffer):
         return copy(self)
 
 
-def _appended(side: list[Piece], x: Tensor) -> list[Piece]:
-    return [piece.appended(part) for piece, part in zip(side, x.split(len(side[0].recent)), strict=True)]
+def _by_piece(side: list[Piece], x: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """Pieces and their heads of x [heads, ...]."""
+    return zip(side, x.split(len(side[0].recent)), strict=True)
 
 
-def _kept(side: list[Piece], index: Tensor) -> list[Piece]:
-    parts = index.split(len(side[0].recent))
-    return [kept for piece, part in zip(side, parts, strict=True) for kept in piece.keep(part)]
+def _located(side: list[Piece], positions: Positions) -> Iterator[tuple[Piece, Positions]]:
+    """Pieces and what gives the positions of their entries; all heads have one where positions have one row."""
+
+    def of(start: int, stop: int) -> Tensor:
+        every = positions()
+        return every if len(every) == 1 else every[start:stop]
+
+    heads = len(side[0].recent)
+    return ((piece, partial(of, start * heads, (start + 1) * heads)) for start, piece in enumerate(side))

@@ -62,6 +62,8 @@ class LayerContext:
     """[tokens, hidden_size], the input of the attention block."""
     inverse_frequencies: Tensor | None = None
     """[head_dim / 2], the rotary angle of one position, for methods that re-rotate keys."""
+    first_kv_head: int | None = None
+    """Which KV head of the model's layer is the first of these; None where all are here."""
     listed_positions: Tensor | None = None
     """True positions of the entries, [kv_heads, tokens], int64, where they are not simply 0, 1, 2, ..."""
     _shared: dict[Hashable, Measure] = field(default_factory=dict)
@@ -160,6 +162,7 @@ class LayerContext:
                 queries=self.queries[head * group : (head + 1) * group],
                 keys=self.keys[kv_head : kv_head + 1],
                 values=self.values[kv_head : kv_head + 1],
+                first_kv_head=(self.first_kv_head or 0) + kv_head,
                 listed_positions=None if kept is None else kept[kv_head : kv_head + 1],
                 _shared={},
                 _inner=Inner(),
@@ -181,6 +184,8 @@ class Prompt:
     feed: Callable[[list[Store], list[int]], None]
     """Passes token ids through the model as if they followed the prompt, over one store a layer, which take them in."""
     device: torch.device
+    inverse_frequencies: Tensor | None = None
+    """[head_dim / 2], the rotary angle of one position."""
     saved_seconds: float = 0.0
     """What shared computations took that another method had asked for before."""
     _shared: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)

@@ -51,7 +51,7 @@ class BoundedStore(DenseStore):
 
     def _layer(self) -> LayerContext:
         """What is stored, as a layer to score."""
-        return self._as_layer(self._queries, *self._buffer.read(), listed_positions=self._all_positions())
+        return self._as_layer(self._queries, *self._entries(), listed_positions=self._all_positions())
 
 
 class SlidingStore(BoundedStore):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .buffers import Buffer
-from .columns import AgingBuffer, Column, Piece
+from .buffers import Buffer, Positions
+from .columns import AgingBuffer, Column, Encoder, Piece
 from .context import LayerContext
 from .errors import at_least, require
 from .indexing import entries
@@ -134,12 +133,10 @@ class WindowedQuantisation(Quantisation):
     def buffer(self, layer: LayerContext, keys: Tensor, values: Tensor) -> Buffer:
         dim = keys.shape[-1]
         require(dim % 8 == 0, f"quantised storage takes a head_dim that is a multiple of 8, and this model's is {dim}")
-        return AgingBuffer(self._piece(keys, self.axis_key), self._piece(values, self.axis_value))
+        sides = (keys, self.axis_key), (values, self.axis_value)
+        return AgingBuffer(*(Piece(AlongAxis(self, axis), x.clone()) for x, axis in sides))
 
-    def _piece(self, x: Tensor, axis: int) -> Piece:
-        return Piece(lambda part: self.encode(part, axis), partial(self.due, axis), x.clone())
-
-    def due(self, axis: int, recent: int, old: int) -> int:
+    def due(self, axis: int, recent: int) -> int:
         """How many of so many recent entries are to be quantised."""
         length = self.quant_residual_length
         return recent - recent % length if axis == 0 else max(recent - length, 0)
@@ -151,4 +148,23 @@ class WindowedQuantisation(Quantisation):
 
     def stored_dtype(self, x: Tensor) -> torch.dtype:
         """The type of scales and whatever else is stored beside levels."""
-        return x.dtype if self.scale_dtype == "model" else torch.float16
+        return stored_dtype(x, self.scale_dtype)
+
+
+@dataclass(frozen=True)
+class AlongAxis(Encoder):
+    """Keys or values in groups of entries, axis 0, or of channels, axis 1."""
+
+    quantisation: WindowedQuantisation
+    axis: int
+
+    def due(self, recent: int, old: int) -> int:
+        return self.quantisation.due(self.axis, recent)
+
+    def encode(self, x: Tensor, positions: Positions) -> Column:
+        return self.quantisation.encode(x, self.axis)
+
+
+def stored_dtype(x: Tensor, scale_dtype: str) -> torch.dtype:
+    """The type of what is stored beside the levels of x: `model`, that of x, or float16."""
+    return x.dtype if scale_dtype == "model" else torch.float16

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, PlainBuffer, room_for
+from .buffers import Buffer, MakeBuffer, PlainBuffer, room_for
 from .errors import UserError
 
 
@@ -43,12 +43,6 @@ class Reading(NamedTuple):
         """One [heads or 1, length] tensor for each of `pieces`."""
         positions = self.positions()
         return [positions] if isinstance(positions, Tensor) else [each.unsqueeze(0) for each in positions]
-
-
-class MakeBuffer(Protocol):
-    """Makes a buffer of keys and values [heads, length, head_dim]: of all heads, or of one of so many."""
-
-    def __call__(self, keys: Tensor, values: Tensor, head: int | None = None, heads: int = 1) -> Buffer: ...
 
 
 class Store(ABC):
@@ -143,7 +137,8 @@ class DenseStore(Store):
         return self._buffer.length
 
     def pack(self, make: MakeBuffer) -> Store:
-        self._buffer = make(*self._buffer.read())
+        self._buffer = make(*self._entries())
+        self._buffer.settle(self._all_positions)
         return self
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
@@ -159,10 +154,14 @@ class DenseStore(Store):
             self._run_start = position
 
     def read(self, query: Tensor) -> Reading:
-        return Reading(*self._buffer.read(), self._all_positions)
+        return Reading(*self._entries(), self._all_positions)
+
+    def _entries(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [heads, length, head_dim]."""
+        return self._buffer.read(self._all_positions)
 
     def observe(self, weights: Tensor | list[Tensor] | None) -> None:
-        self._buffer.settle()
+        self._buffer.settle(self._all_positions)
 
     def keep(self, index: Tensor, merged: tuple[Tensor, Tensor] | None = None) -> None:
         """Evict all entries but index [heads, count], which is ascending in each head.
@@ -184,10 +183,10 @@ class DenseStore(Store):
         return list(self._all_positions().expand(self._heads, -1).unbind(0))
 
     def keys(self) -> list[Tensor]:
-        return list(self._buffer.read()[0].unbind(0))
+        return list(self._entries()[0].unbind(0))
 
     def values(self) -> list[Tensor]:
-        return list(self._buffer.read()[1].unbind(0))
+        return list(self._entries()[1].unbind(0))
 
     def lengths(self) -> list[int]:
         return [self._length] * self._heads

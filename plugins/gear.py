@@ -48,7 +48,7 @@ class GEAR(WindowedQuantisation):
         require(self.outlier_ratio <= 1, f"--outlier_ratio is {self.outlier_ratio}; it is a share, 1 or less")
         super().__post_init__()
 
-    def due(self, axis: int, recent: int, old: int) -> int:
+    def due(self, axis: int, recent: int) -> int:
         return recent - recent % self.quant_residual_length
 
     def encode(self, x: Tensor, axis: int) -> Column:

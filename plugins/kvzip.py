@@ -82,11 +82,13 @@ class KVzip(EvictionMethod):
         method = self.for_prompt(tokens)
         assert isinstance(method.budget, int)
         if tokens <= method.budget:
-            held = enumerate(zip(stores, whole(stores), strict=True))
-            return [
-                self.stored(store, LayerContext(index, len(stores), keys[:, :0], keys, values))
-                for index, (store, (keys, values)) in held
+            layers = [
+                LayerContext(
+                    index, len(stores), keys[:, :0], keys, values, inverse_frequencies=prompt.inverse_frequencies
+                )
+                for index, (keys, values) in enumerate(whole(stores))
             ]
+            return [self.stored(*each) for each in zip(stores, layers, strict=True)]
         require(
             len(prompt.ids) == tokens,
             "kvzip feeds a prompt's tokens again, and this prompt came as embeddings; give token ids",
@@ -109,7 +111,13 @@ class KVzip(EvictionMethod):
         scores = [pad(torch.cat(each, 1), (first, self.recent_size)) for each in zip(*parts, strict=True)]
         return [
             RepeatedLayer(
-                index, len(stores), keys.new_empty(len(each), 0, keys.shape[2]), keys, values, importance=each
+                index,
+                len(stores),
+                keys.new_empty(len(each), 0, keys.shape[2]),
+                keys,
+                values,
+                inverse_frequencies=prompt.inverse_frequencies,
+                importance=each,
             )
             for index, ((keys, values), each) in enumerate(zip(held, scores, strict=True))
         ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvfactory import EvictionMethod, LayerContext, Reading, SlidingStore, Store, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
+from kvfactory.rotary import rotated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +72,8 @@ class CachePositionsStore(SlidingStore):
         assert isinstance(reading.keys, Tensor)
         gap = self._all_positions()[0, -1] + 1 - self._length
         sinks, recent = reading.keys[:, : self._sinks], reading.keys[:, self._sinks :]
-        keys = torch.cat([rotate(sinks, gap, self._frequencies), recent], 1)
+        keys = torch.cat([rotated(sinks, gap.view(1, 1), self._frequencies), recent], 1)
         return reading._replace(keys=keys)
-
-
-def rotate(keys: Tensor, shift: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """Rotated keys [heads, length, head_dim] as if their positions were `shift` larger."""
-    angle = shift.float() * inverse_frequencies.float()
-    cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
-    left, right = keys.float().chunk(2, -1)
-    return (keys.float() * cos + torch.cat([-right, left], -1) * sin).to(keys.dtype)
 
 
 @hookimpl

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kvfactory import LayerContext, at_least, hookimpl, reduce_groups, require
-from kvfactory.buffers import Buffer
-from kvfactory.columns import AgingBuffer, Column, Piece
+from kvfactory.buffers import Buffer, Positions
+from kvfactory.columns import AgingBuffer, Column, Encoder, Piece
 from kvfactory.hookspecs import RegisterKeyPruning, RegisterMethod
 from kvfactory.indexing import entries
 from kvfactory.storage import KeyPruning
@@ -49,15 +49,40 @@ class ThinK(KeyPruning):
     def buffer(self, layer: LayerContext, keys: Tensor, values: Tensor) -> Buffer:
         channels = kept_channels(channel_scores(layer.queries, keys), self.pruning_ratio)
         prunes = keys.shape[1] > self.whole_size and channels.shape[1] < keys.shape[2]
+        pruned = Channels(channels.to(torch.int16), self.whole_size) if prunes else AsItIs()
+        return AgingBuffer(Piece(pruned, keys.clone()), Piece(AsItIs(), values.clone()))
 
-        def due(recent: int, old: int) -> int:
-            """Once, behind the prompt; and again where a merge wrote all keys anew."""
-            return max(recent - self.whole_size, 0) if prunes and not old else 0
 
-        def prune(part: Tensor) -> Column:
-            return PrunedColumn.of(part, channels)
+class AsItIs(Encoder):
+    """Nothing is encoded."""
 
-        return AgingBuffer(Piece(prune, due, keys.clone()), Piece(prune, lambda recent, old: 0, values.clone()))
+    def due(self, recent: int, old: int) -> int:
+        return 0
+
+    def encode(self, x: Tensor, positions: Positions) -> Column:
+        raise AssertionError("nothing is due")
+
+
+@dataclass(frozen=True)
+class Channels(Encoder):
+    """Old keys hold some of their channels."""
+
+    channels: Tensor
+    """[heads, count], int16, ascending."""
+    whole_size: int
+
+    def due(self, recent: int, old: int) -> int:
+        """Once, behind the prompt; and again where a merge wrote all keys anew."""
+        return 0 if old else max(recent - self.whole_size, 0)
+
+    def encode(self, x: Tensor, positions: Positions) -> Column:
+        return PrunedColumn.of(x, self.channels)
+
+    def of_head(self, head: int) -> Channels:
+        return Channels(self.channels[head : head + 1].clone(), self.whole_size)
+
+    def nbytes(self) -> int:
+        return self.channels.nbytes
 
 
 @dataclass(frozen=True)
@@ -67,14 +92,13 @@ class PrunedColumn(Column):
     kept: Tensor
     """[heads, length, channels]."""
     channels: Tensor
-    """Which they are, [heads, channels], int16, ascending."""
+    """Which they are, [heads, channels], int16, ascending: the encoder's, which counts them."""
     dim: int
 
     @classmethod
     def of(cls, keys: Tensor, channels: Tensor) -> PrunedColumn:
-        """Those channels [heads, count] of keys [heads, length, head_dim]."""
-        kept = keys.gather(2, channels[:, None].expand(-1, keys.shape[1], -1))
-        return cls(kept, channels.to(torch.int16), keys.shape[2])
+        """Those channels [heads, count], int16, of keys [heads, length, head_dim]."""
+        return cls(keys.gather(2, channels.long()[:, None].expand(-1, keys.shape[1], -1)), channels, keys.shape[2])
 
     def decoded(self) -> Tensor:
         heads, length, _ = self.kept.shape
@@ -92,7 +116,7 @@ class PrunedColumn(Column):
         return PrunedColumn(torch.cat([self.kept, later.kept], 1), self.channels, self.dim)
 
     def nbytes(self) -> int:
-        return self.kept.nbytes + self.channels.nbytes
+        return self.kept.nbytes
 
 
 def channel_scores(queries: Tensor, keys: Tensor) -> Tensor:

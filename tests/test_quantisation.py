@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrations import tiny_calibration
 from hypothesis import given
 from hypothesis import strategies as st
 from kvfactory_plugins.gear import GEAR, low_rank, outliers
@@ -31,6 +32,11 @@ EVICTING = sorted(
 STORAGES = sorted(REGISTRY.parts["quant_method"])
 BITS = (2, 3, 4, 8)
 SMALL: dict[str, Any] = {"quant_residual_length": 8, "q_group_size": 8}
+
+
+def small(storage: str, layers: int = 3, kv_heads: int = 2, head_dim: int = 8) -> dict[str, Any]:
+    """Settings under which entries of a small model leave their window soon, or are calibrated."""
+    return {"calibration": tiny_calibration(layers, kv_heads, head_dim)} if storage == "kvquant" else SMALL
 
 
 class TestKIVI(MethodContract):
@@ -273,7 +279,7 @@ def test_error_falls_with_bits(name: str) -> None:
     q, k, v = random_layer(96, 32)
     errors = []
     for bits in BITS:
-        store = compress_layer(load_method(name, nbits=bits, quant_residual_length=32), q, k, v)
+        store = compress_layer(load_method(name, nbits=bits, **small(name, 1, 2, 32)), q, k, v)
         errors.append([float((torch.stack(held) - x).norm()) for held, x in ((store.keys(), k), (store.values(), v))])
     for side in zip(*errors, strict=True):
         assert all(a > 1.5 * b for a, b in pairwise(side))
@@ -289,7 +295,7 @@ def test_every_method_evicts_on_top_of_every_storage(name: str, storage: str) ->
     ids, _ = tiny_prompts(90)
     engine = Engine(tiny_model())
     window = {"window_size": 4} if "window_size" in REGISTRY.own_settings(name) else {}
-    settings = {"quant_method": storage, "nbits": 8, **SMALL}
+    settings = {"quant_method": storage, "nbits": 8, **small(storage)}
     methods = [load_method(name, budget=32, **window, **own) for own in ({}, settings)]
     plain, packed = engine.prefill(ids[0], methods)
     for ours, theirs in zip(packed.cache.stores, plain.cache.stores, strict=True):
@@ -310,7 +316,7 @@ def test_entries_that_stay_are_not_quantised_twice(data: st.DataObject) -> None:
     """Whatever is evicted, and however differently by head, what is left reads as before, bit for bit."""
     storage = data.draw(st.sampled_from(STORAGES))
     q, k, v = random_layer(40, 16)
-    store = compress_layer(load_method(storage, nbits=2, **SMALL), q, k, v)
+    store = compress_layer(load_method(storage, nbits=2, **small(storage, 1, 2, 16)), q, k, v)
     assert isinstance(store, DenseStore)
     for token in range(40, 60):
         before = torch.stack(store.keys()), torch.stack(store.values())
@@ -336,7 +342,7 @@ def test_ragged_heads_have_a_buffer_each() -> None:
 def test_a_second_question_finds_no_trace_of_the_first(storage: str) -> None:
     engine = Engine(tiny_model())
     ids, _ = tiny_prompts(70)
-    trunk = engine.prefill(ids[0], [load_method(storage, **SMALL)])[0]
+    trunk = engine.prefill(ids[0], [load_method(storage, **small(storage))])[0]
     before = [x.clone() for store in trunk.cache.stores for x in (*store.keys(), *store.values())]
     size = trunk.cache.nbytes()
     engine.decode([engine.extend(trunk.fork(), ids[0, :9].tolist())], 30)
@@ -390,7 +396,8 @@ PROMPTS = [
 def test_eight_bits_give_the_full_caches_tokens(storage: str) -> None:
     model, tokenizer = load_model(dtype="float32", device="cpu")
     engine = Engine(model, tokenizer)
-    methods = [load_method("fullkv"), load_method(storage, nbits=8, quant_residual_length=32, q_group_size=32)]
+    window = {} if storage == "kvquant" else {"quant_residual_length": 32, "q_group_size": 32}
+    methods = [load_method("fullkv"), load_method(storage, nbits=8, **window)]
     quantised = 0
     for prompt in PROMPTS:
         ids = tokenizer.encode("Rain fell on the quiet town all day. " * 12 + prompt)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+from calibrations import tiny_calibration
 from torch import Tensor
 
 from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, Store, UserError, hookimpl, load_method
@@ -475,9 +476,11 @@ SETTINGS = [
 AT_A_SMALL_SIZE: dict[str, dict[str, Any]] = {
     "quest": {"token_budget": 8, "page_size": 2, "dense_layers": 0},
     "think": {"whole_size": 4},
+    "kvquant": {"calibration": tiny_calibration(4, 4, 8), "nbits": 3},
     "minference": {"block_size": 2, "block_count": 3},
 }
 """Settings under which the others of a method or part show in seventy tokens."""
+OTHER_FILES = {"calibration": [tiny_calibration(4, 4, 8, 2.0)]}
 
 
 @pytest.mark.parametrize(("name", "kind", "part", "setting"), SETTINGS)
@@ -488,7 +491,7 @@ def test_no_setting_is_accepted_and_ignored(
     if "quant_residual_length" in get_registry().settings(name, {kind: part}) and setting != "quant_residual_length":
         given["quant_residual_length"] = 4  # few enough that something is quantised
     small = AT_A_SMALL_SIZE.get(name, {}) | AT_A_SMALL_SIZE.get(part or "", {})
-    given |= {each: value for each, value in small.items() if each != setting}
+    given |= {each: value for each, value in small.items() if each != setting or each in OTHER_FILES}
     if name == "minference" and setting != "patterns":
         heads = ["vertical_and_slash", 40, 50], ["stream_llm", 3, 9], ["block_sparse", 0, 0]
         table = {str(head): [*heads[head % 3], 1.0] for head in range(8)}
@@ -496,9 +499,10 @@ def test_no_setting_is_accepted_and_ignored(
         Path(given["patterns"]).write_text(json.dumps([table] * 4))
     usual = behaviour(load_method(name, **given))
     ignored = []
-    for value in other_values(get_registry().settings(name, {kind: part})[setting]):
+    others = OTHER_FILES.get(setting) or other_values(get_registry().settings(name, {kind: part})[setting])
+    for value in others:
         try:
-            if behaviour(load_method(name, **given, **{setting: value})) != usual:
+            if behaviour(load_method(name, **given | {setting: value})) != usual:
                 return
         except UserError:
             continue

@@ -167,7 +167,7 @@ class Ring(DenseStore):
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         for token in range(keys.shape[1]):
             slot = (position + token) % self._length
-            held_keys, held_values = self._buffer.read()
+            held_keys, held_values = self._entries()
             held_keys[:, slot], held_values[:, slot] = keys[:, token], values[:, token]
 
 
