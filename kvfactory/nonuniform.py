@@ -177,7 +177,7 @@ class NonUniformColumn(Column):
 
     def decoded(self) -> Tensor:
         lower, upper = self.ranges.of_entries()
-        x = self.table.levels[unpack(self.packed, self.bits).long()] * (upper - lower) / 2 + (upper + lower) / 2
+        x = self.table.levels.take(unpack(self.packed, self.bits).long()) * (upper - lower) / 2 + (upper + lower) / 2
         return self.outliers.put_into(x)
 
     def keep(self, index: Tensor) -> NonUniformColumn:

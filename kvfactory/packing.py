@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,12 +34,21 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     dim = packed.shape[-1] * 8 // bits
     levels, shift = None, 0
     for plane, width in zip(packed.split([dim * width // 8 for width in PLANES[bits]], -1), PLANES[bits], strict=True):
-        places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        fields = ((plane[..., None] >> places) & (2**width - 1)).flatten(-2) << shift
-        levels = fields if levels is None else levels | fields
+        words = byte_table(width, packed.device).index_select(0, plane.int().flatten())
+        fields = words.view(torch.uint8).view(*plane.shape[:-1], plane.shape[-1] * 8 // width)
+        levels = fields if levels is None else levels | fields << shift
         shift += width
     assert levels is not None
     return levels
+
+
+@cache
+def byte_table(width: int, device: torch.device) -> Tensor:
+    """The fields of each of the 256 bytes, side by side in one word of as many bytes, [256]: one look for all of them."""
+    places = torch.arange(0, 8, width)
+    fields = ((torch.arange(256)[:, None] >> places) & (2**width - 1)).to(torch.uint8)
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(places)]
+    return fields.view(word)[:, 0].to(device)
 
 
 class Groups:
