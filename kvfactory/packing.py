@@ -31,6 +31,8 @@ def pack(levels: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """What `pack` was given, [..., dim], uint8."""
+    if bits == 8:
+        return packed
     dim = packed.shape[-1] * 8 // bits
     levels, shift = None, 0
     for plane, width in zip(packed.split([dim * width // 8 for width in PLANES[bits]], -1), PLANES[bits], strict=True):
@@ -47,7 +49,7 @@ def byte_table(width: int, device: torch.device) -> Tensor:
     """The fields of each of the 256 bytes, side by side in one word of as many bytes, [256]: one look for all of them."""
     places = torch.arange(0, 8, width)
     fields = ((torch.arange(256)[:, None] >> places) & (2**width - 1)).to(torch.uint8)
-    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[len(places)]
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[len(places)]
     return fields.view(word)[:, 0].to(device)
 
 
