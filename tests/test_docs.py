@@ -303,6 +303,12 @@ def test_the_tables_of_methods_are_those_that_the_script_writes() -> None:
     )
 
 
+def test_performance_says_what_each_way_to_store_and_read_costs() -> None:
+    measured = " ".join(re.findall(r"^\| `(.*?)` \|", TEXTS["docs/performance.md"], re.MULTILINE))
+    ways = [name for kind in ("quant_method", "key_pruning", "retrieval") for name in get_registry().parts[kind]]
+    assert set(ways) <= set(re.split(r"[ :=]", measured))
+
+
 def test_the_readme_lists_every_part() -> None:
     flags = dict(re.findall(r"^\| `--(\w+)` \| (.+) \|$", README, re.MULTILINE))
     for kind, shelf in get_registry().parts.items():
@@ -330,7 +336,9 @@ def test_every_flag_in_the_docs_exists(documented: Registry) -> None:
     }
     assert {"run_longbench.py", "run_needle_in_haystack.py"} <= set(helps)
     text = " ".join(command.get_help(click.Context(command)) for command in helps.values())
-    text += " ".join(script.read_text("utf-8") for script in (ROOT / "scripts").glob("*.py"))
+    text += " ".join(
+        script.read_text("utf-8") for folder in ("scripts", "benchmarks") for script in (ROOT / folder).glob("*.py")
+    )
     flag = r"(?<![\w-])--[a-z][a-z_]*(?![\w-])"  # pip's have hyphens
     for page, words in TEXTS.items():
         assert set(re.findall(flag, words)) <= set(re.findall(flag, text)), page
