@@ -37,7 +37,7 @@ def make_row(group: str, method: str, budget: int | None, score: float, **fields
         "settings": {},
         "score": score,
         "kept_tokens_mean": float(budget or 1000),
-        "read_tokens_mean": 70.0,
+        "read_tokens_mean": float(budget or 1000) + 8,
         "cache_bytes": 2**20,
         "full_cache_bytes": 2**22,
         "ratio": 0.25,
@@ -80,7 +80,7 @@ def test_a_summary_is_what_the_hand_computes():
             "score": 66.67,
             "rougeL": 33.33,
             "kept_tokens_mean": 63.0,
-            "read_tokens_mean": 70.0,
+            "read_tokens_mean": 72.0,
             "cache_bytes": (2**20 + 2**19 + 2**20) / 3,
             "ratio": pytest.approx(1 / 3),
             "compressed_share": pytest.approx(2 / 3),
@@ -98,7 +98,7 @@ def test_a_summary_is_what_the_hand_computes():
             "score": 50.0,
             "rougeL": 0.0,
             "kept_tokens_mean": 1000.0,
-            "read_tokens_mean": 70.0,
+            "read_tokens_mean": 1008.0,
             "cache_bytes": 2**22,
             "ratio": 1.0,
             "compressed_share": 0.0,
@@ -222,6 +222,12 @@ def test_the_printed_table_says_what_was_saved_and_what_was_not():
     assert cells_of(page, "mask")[6:8] == ["1.0*", "100.0%"]
     assert "* nominal" in page
     assert "nominal" not in shown(summarise(rows[:-1]))
+
+
+def test_reading_less_than_is_kept_has_a_column():
+    rows = [make_row("g", "fullkv", None, 1.0), make_row("g", "pages", None, 1.0, read_tokens_mean=264.13)]
+    assert " 1000.0  264.1 " in shown(summarise(rows))
+    assert "read" not in shown(summarise(rows[:1]))
 
 
 def test_the_printed_table_fits_100_columns_and_shows_a_long_sweep_as_averages():

@@ -125,7 +125,10 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
     if (frame["memory"] == "nominal").any():
         table.caption = "* nominal: evicted entries are only masked, the memory is not freed"
     table.add_column("\nmethod", overflow="fold")
-    costs = ["kept\ntokens", "\nevicted", "cache\nMiB", "of\nfull", "prefill\ns", "compr.\ns", "decode\ns"]
+    tokens = {"kept_tokens_mean": "kept\ntokens"}
+    if (frame["read_tokens_mean"] < frame["kept_tokens_mean"]).any():
+        tokens["read_tokens_mean"] = "read\ntokens"
+    costs = [*tokens.values(), "\nevicted", "cache\nMiB", "of\nfull", "prefill\ns", "compr.\ns", "decode\ns"]
     for name in ["\nbudget", "\nn", *(f"\n{name}" for name in scores), *costs]:
         table.add_column(name, justify="right")
     for line in frame.to_dict("records"):
@@ -134,7 +137,7 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
             str(line["budget"]),
             str(line["examples"]),
             *(_number(line[name], "{:.2f}") for name in scores),
-            _number(line["kept_tokens_mean"], "{:.1f}"),
+            *(_number(line[name], "{:.1f}") for name in tokens),
             _evicted(line),
             _cache(line),
             _ratio(line),
