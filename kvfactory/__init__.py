@@ -13,9 +13,10 @@ from .hookspecs import hookimpl
 from .merge import Merge
 from .method import EvictionMethod, Method, StoringMethod
 from .models import load_model
+from .ragged import HeadwiseStore, RaggedStore
 from .registry import load_method
 from .scoring import AttentionScoredMethod, TrackingMethod, WindowMethod
-from .stores import DenseStore, HeadwiseStore, RaggedStore, Reading, Store
+from .stores import DenseStore, Reading, Store
 
 __all__ = [
     "AttentionScoredMethod",

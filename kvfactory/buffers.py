@@ -104,6 +104,34 @@ class PlainBuffer(Buffer):
         return copy(self)
 
 
+class Rows:
+    """A tensor that grows along its first dimension."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._held, self._length = rows, len(rows)
+        self._shared = False
+
+    def append(self, rows: Tensor) -> None:
+        needed = self._length + len(rows)
+        if self._shared or needed > len(self._held):
+            grown = self._held.new_empty(needed + room_for(needed), *self._held.shape[1:])
+            grown[: self._length] = self.read()
+            self._held, self._shared = grown, False
+        self._held[self._length : needed] = rows
+        self._length = needed
+
+    def read(self) -> Tensor:
+        return self._held[: self._length]
+
+    @property
+    def nbytes(self) -> int:
+        return self._held.nbytes
+
+    def fork(self) -> Self:
+        self._shared = True
+        return copy(self)
+
+
 def room_for(length: int) -> int:
     """Entries to make room for when a full buffer has to grow: an eighth more, so appending stays cheap."""
     return max(16, length // 8)

@@ -18,8 +18,9 @@ from .decoding import BoundedStore
 from .errors import UserError, require
 from .merge import Merge
 from .parts import Part
+from .ragged import HeadwiseStore, RaggedStore
 from .storage import KeyPruning, Quantisation, Retrieval
-from .stores import DenseStore, HeadwiseStore, RaggedStore, Store, spread
+from .stores import DenseStore, Store, spread
 
 
 @dataclass(frozen=True, kw_only=True)

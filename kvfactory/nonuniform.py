@@ -60,7 +60,12 @@ def normalised(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def dynamic_outliers(x: Tensor, share: float, dim: int = -1) -> Tensor:
-    """The numbers of each vector at or beyond its quantiles, half of the share at each end, bool; all of two or fewer."""
+    """The numbers of each vector at or beyond its quantiles, half of the share at each end, bool.
+
+    None for a share of 0; otherwise all of a vector of two or fewer.
+    """
+    if not share:
+        return torch.zeros_like(x, dtype=torch.bool)
     low, high = torch.quantile(x.float(), x.new_tensor([share / 2, 1 - share / 2]).float(), dim=dim, keepdim=True)
     return (x <= low) | (x >= high)
 

@@ -86,12 +86,6 @@ class KVQuant(Quantisation):
             Piece(ValueEncoder(self, value_levels), values.clone()),
         )
 
-    def stored_as_it_is(self, outlying: Tensor, positions: Tensor) -> Tensor:
-        """Outliers and the first tokens, bool [heads, length, head_dim]."""
-        if not self.outlier_ratio:
-            outlying = torch.zeros_like(outlying)
-        return outlying | (positions < self.exact_size)[..., None]
-
     def level_table(self, calibrated: Tensor) -> Tensor:
         """Levels in -1..1, ascending, [2 ** bits], float32."""
         if self.levels == "calibrated":
@@ -111,7 +105,7 @@ class EachToken(Encoder):
 
     def column(self, x: Tensor, outlying: Tensor, positions: Tensor, ranges: Ranges) -> Column:
         """Of x [heads, length, head_dim], in ranges that leave out what is outlying, bool of that shape."""
-        stored = self.kvquant.stored_as_it_is(outlying, positions)
+        stored = outlying | (positions < self.kvquant.exact_size)[..., None]
         return NonUniformColumn.of(x, stored, ranges, self.levels, self.kvquant.nbits)
 
 
@@ -129,7 +123,8 @@ class KeyEncoder(EachToken):
 
     def encode(self, x: Tensor, positions: Positions) -> Column:
         lower, upper = self.ranges.of_entries()
-        return self.column(x, (x < lower) | (x > upper), positions(), self.ranges)
+        outlying = (x < lower) | (x > upper) if self.kvquant.outlier_ratio else torch.zeros_like(x, dtype=torch.bool)
+        return self.column(x, outlying, positions(), self.ranges)
 
     def of_head(self, head: int) -> KeyEncoder:
         return KeyEncoder(self.kvquant, self.levels, Fixed(self.ranges.bounds[head : head + 1]), self.frequencies)
@@ -140,10 +135,9 @@ class ValueEncoder(EachToken):
 
     def encode(self, x: Tensor, positions: Positions) -> Column:
         at = positions()
-        together = bool((at == at[:1]).all())  # entries of all heads are the same tokens
+        together = len(at) == 1 or bool((at == at[:1]).all())  # entries of all heads are the same tokens
         vectors = x.transpose(0, 1).flatten(1)[None] if together else x
         outlying = dynamic_outliers(vectors, self.kvquant.outlier_ratio)
-        outlying = outlying if self.kvquant.outlier_ratio else torch.zeros_like(outlying)
         ranges = PerToken(inner_range(vectors, outlying).to(stored_dtype(x, self.kvquant.scale_dtype)))
         outlying = outlying[0].unflatten(1, (len(x), -1)).transpose(0, 1) if together else outlying
         return self.column(x, outlying, at, ranges)

@@ -38,6 +38,7 @@ from kvfactory import (
 from kvfactory.budget import Uniform
 from kvfactory.context import QUERY_CHUNK, Prompt
 from kvfactory.hookspecs import RegisterMethod
+from kvfactory.stores import whole
 
 CUE = 8
 
@@ -86,7 +87,7 @@ class KVzip(EvictionMethod):
                 LayerContext(
                     index, len(stores), keys[:, :0], keys, values, inverse_frequencies=prompt.inverse_frequencies
                 )
-                for index, (keys, values) in enumerate(whole(stores))
+                for index, (keys, values) in enumerate(map(whole, stores))
             ]
             return [self.stored(*each) for each in zip(stores, layers, strict=True)]
         require(
@@ -100,7 +101,7 @@ class KVzip(EvictionMethod):
 
     def repeat(self, stores: list[Store], prompt: Prompt) -> list[RepeatedLayer]:
         """The layers, with the scores that a repetition gave their tokens."""
-        held = whole(stores)
+        held = [whole(store) for store in stores]
         first, end = self.sink_size, len(prompt.ids) - self.recent_size
         parts = []
         for start in range(first, end, self.chunk_size):
@@ -170,12 +171,6 @@ class RepeatStore(DenseStore):
         compared = torch.cat([keys[:, : self._sinks], keys[:, self._chunk], keys[:, self._prompt :]], 1)
         self.importance = strongest_attention(query, compared)[:, self._sinks :]
         return reading
-
-
-def whole(stores: list[Store]) -> list[tuple[Tensor, Tensor]]:
-    """All keys and values of full stores, without a copy, [kv_heads, tokens, head_dim] each."""
-    nothing = torch.empty(0)  # whatever the query, a full store shows all it has
-    return [store.read(nothing).pieces(nothing)[0][1:] for store in stores]
 
 
 def strongest_attention(queries: Tensor, keys: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from kvfactory import DenseStore, LayerContext, Method, Reading, Store, at_least, hookimpl, require
-from kvfactory.buffers import room_for
+from kvfactory.buffers import Rows
 from kvfactory.context import Prompt
 from kvfactory.hookspecs import RegisterMethod
-from kvfactory.stores import consecutive
+from kvfactory.stores import consecutive, whole
 
 NEARLY_ZERO = 1e-6
 RETENTION_RATIO = 0.05
@@ -137,34 +137,6 @@ class MiniCache(Method):
         return beyond_range(distance, self.retention_threshold)
 
 
-class Rows:
-    """A tensor that grows along its first dimension."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self._held, self._length = rows, len(rows)
-        self._shared = False
-
-    def append(self, rows: Tensor) -> None:
-        needed = self._length + len(rows)
-        if self._shared or needed > len(self._held):
-            grown = self._held.new_empty(needed + room_for(needed), *self._held.shape[1:])
-            grown[: self._length] = self.read()
-            self._held, self._shared = grown, False
-        self._held[self._length : needed] = rows
-        self._length = needed
-
-    def read(self) -> Tensor:
-        return self._held[: self._length]
-
-    @property
-    def nbytes(self) -> int:
-        return self._held.nbytes
-
-    def fork(self) -> Self:
-        self._shared = True
-        return copy(self)
-
-
 class MergedEntries:
     """The keys, or the values, of two layers under common directions."""
 
@@ -228,7 +200,7 @@ class Pair:
     """Two layers of one sequence, both of whose stores refer to it."""
 
     def __init__(self, lower: Store, upper: Store, method: MiniCache) -> None:
-        layers = _whole(lower), _whole(upper)
+        layers = whole(lower), whole(upper)
         self._merged = [MergedEntries(*both, method) for both in zip(*layers, strict=True)]
         # of each side, tokens that the other has not seen or not attended to yet: [heads, tokens, head_dim]
         self._nothing = [keys.new_empty(len(keys), 0, keys.shape[2]) for keys, _ in layers]
@@ -279,13 +251,6 @@ class Pair:
         twin._pending, twin._awaited = list(self._pending), None
         self._awaited = 1 - side, twin
         return twin
-
-
-def _whole(store: Store) -> KeysAndValues:
-    """Keys and values [heads, tokens, head_dim] of a full store."""
-    keys, values, _ = store.read(torch.empty(0))  # whatever the query, it shows all it has
-    assert isinstance(keys, Tensor) and isinstance(values, Tensor)
-    return keys, values
 
 
 class PairedStore(Store):

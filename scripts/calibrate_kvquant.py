@@ -82,7 +82,7 @@ def calibrate(layers: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) 
             bounds = channel_bounds(keys, share)
             inside = (keys >= bounds[..., 0]) & (keys <= bounds[..., 1])
             tokens = values.flatten(1)
-            outlying = dynamic_outliers(tokens, share) if share else torch.zeros_like(tokens, dtype=torch.bool)
+            outlying = dynamic_outliers(tokens, share)
             ranges = inner_range(tokens, outlying)
             found.setdefault(f"key_bounds/{share}", []).append(bounds)
             numbers = {

@@ -54,13 +54,6 @@ class TestTOVAInKVQuant(MethodContract):
 # ---- the authors' functions ----
 
 
-def per_token(x: Tensor, outlying: Tensor, levels: Tensor) -> Tensor:
-    """x [tokens, channels], each token in the range of its numbers that are no outliers, quantised and read again."""
-    bits = (len(levels) - 1).bit_length()
-    ranges = PerToken(inner_range(x, outlying)[None])
-    return NonUniformColumn.of(x[None], outlying[None], ranges, levels, bits).decoded()[0]
-
-
 def per_channel(x: Tensor, outlying: Tensor, bounds: Tensor, levels: Tensor) -> Tensor:
     """x [tokens, channels], each channel in its range of bounds [channels, 2]."""
     bits = (len(levels) - 1).bit_length()

@@ -13,6 +13,7 @@ from test_golden_methods import Golden
 from torch import Tensor
 
 from kvfactory import DenseStore, Engine, Method, Store, UserError, compress
+from kvfactory.buffers import Rows
 from kvfactory.testing import MethodContract, generate, tiny_model, tiny_prompts
 
 HEADS, TOKENS, DIM = 2, 40, 8
@@ -60,7 +61,7 @@ def tensors(thing: Any, found: dict[int, Tensor] | None = None) -> dict[int, Ten
     elif isinstance(thing, (list, tuple)):
         for each in thing:
             tensors(each, found)
-    elif type(thing).__module__ == MiniCache.__module__:
+    elif type(thing).__module__ in (MiniCache.__module__, Rows.__module__):
         tensors(list(vars(thing).values()), found)
     return found
 
