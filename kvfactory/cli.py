@@ -30,7 +30,7 @@ from .chat import stop_ids
 from .engine import Engine
 from .errors import UserError
 from .registry import Registry, get_registry
-from .report.tables import print_table, summarise
+from .report.tables import TABLE_WIDTH, print_table, summarise
 from .results import ROWS, Row, RunFolder, environment
 from .settings import convert, settings_of
 from .sweep import Sweep, make_jobs
@@ -230,6 +230,8 @@ def run_sweep(
 ) -> None:
     """Load, run what is missing, write the tables and say where everything is."""
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, TABLE_WIDTH)
     parts = {kind: flags[kind] for kind in registry.parts}
     jobs = make_jobs(registry, flags["method"], flags["max_capacity_prompts"], parts, settings)
     for notice in dict.fromkeys(part.notice for job in jobs for part in job.method.parts() if part.notice):

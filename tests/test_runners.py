@@ -114,6 +114,13 @@ def test_what_a_user_should_know_first_is_said_once(tiny: Path, tmp_path: Path, 
     assert capsys.readouterr().err.count("notice: without --head_table") == 1
 
 
+def test_a_table_that_goes_into_a_pipe_folds_no_name(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    names = "quest", "snapkv:key_pruning=think"
+    run_needle(needle(tiny, tmp_path, "--token_budget", "48", method=",".join(names)))
+    printed = capsys.readouterr().out
+    assert "read" in printed and all(f"\n{name} " in printed for name in names)
+
+
 def test_needles_at_both_ends_are_cells_of_their_own(tiny: Path, tmp_path: Path) -> None:
     run_needle(needle(tiny, tmp_path))
     depths = [row["depth_percent"] for row in load_rows(tmp_path) if row["method"] == "snapkv"]

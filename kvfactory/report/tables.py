@@ -24,6 +24,7 @@ SECONDS = ["prefill_seconds", "compress_seconds", "decode_seconds"]
 COSTS = ["kept_tokens_mean", "read_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]
 NOT_SCORES = {*COSTS, "depth_percent"}
 
+TABLE_WIDTH = 100  # columns that a table with short names fits
 MOST_LINES = 60  # what a terminal can show; a longer table is for results.csv
 
 
@@ -76,7 +77,7 @@ def wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def print_table(frame: pd.DataFrame, console: Console) -> None:
-    """Show a frame of `summarise` in 100 columns: a table for each group unless there are many, and their average."""
+    """Show a frame of `summarise`: a table for each group unless there are many, and their average."""
     if frame.empty:
         console.print("no rows yet")
     for benchmark, part in frame.groupby("benchmark", sort=False):
