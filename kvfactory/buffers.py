@@ -93,7 +93,7 @@ class PlainBuffer(Buffer):
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         self.length = keys.shape[1]
-        if self.shared or self.keys.shape[1] != self.limit:
+        if self.shared or self.keys.shape[1] != self.limit or self.length > self.limit:
             self.keys, self.values, self.shared = keys, values, False
         else:  # the room is what it should be
             self.keys[:, : self.length] = keys

@@ -15,6 +15,15 @@ def entries(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(heads, device=index.device)[:, None], index]
 
 
+def largest(x: Tensor, count: int) -> Tensor:
+    """Where the `count` largest numbers of the last dimension are, bool; of equals the earlier ones."""
+    if count >= x.shape[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
+    bound = x.topk(count).values[..., -1:]
+    above, equal = x > bound, x == bound
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
 def evicted(kept: Tensor, tokens: int) -> Tensor:
     """The index of what is not kept, [heads, tokens - count], ascending, from that of what is, [heads, count]."""
     gone = torch.ones(len(kept), tokens, dtype=torch.bool, device=kept.device).scatter(1, kept, False)

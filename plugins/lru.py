@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvfactory import LayerContext, TrackingMethod, at_least, hookimpl, reduce_groups
 from kvfactory.hookspecs import RegisterMethod
+from kvfactory.indexing import largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,7 @@ class LRU(TrackingMethod):
     def accessed(self, state: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """The state after queries, those of the last entries, whose attention is [stored heads, queries, tokens]."""
         queries, tokens = attention.shape[1:]
-        most = attention.topk(min(self.access_size, tokens))
-        hits = torch.zeros_like(attention, dtype=torch.bool).scatter(2, most.indices, most.values > 0)
+        hits = largest(attention, self.access_size) & (attention > 0)
         hits.diagonal(tokens - queries, 1, 2).fill_(True)
         latest = torch.where(hits, positions[:, -queries:, None].float(), -1.0).amax(1)
         last_access, mass = state.unbind(-1)
