@@ -30,8 +30,6 @@ class Method(ABC):
     Stateless. Its dataclass fields are its settings: they become command-line flags and are written in every result row.
     """
 
-    memory: ClassVar[Literal["physical", "nominal"]] = "physical"
-    """`nominal` marks a method that masks entries and holds all of them."""
     reads: ClassVar[str] = "nothing"
     """Whose attention it looks at, in a few words for tables."""
     prefill: ClassVar[str] = "shared"
@@ -46,6 +44,15 @@ class Method(ABC):
     def finish(self, stores: list[Store], prompt: Prompt) -> list[Store]:
         """Called when the prompt has passed through all layers: their stores as they go into decoding, one a layer."""
         return stores
+
+    @property
+    def memory(self) -> Literal["physical", "nominal"]:
+        """`nominal` where it masks entries and holds all of them."""
+        return "physical"
+
+    def row_fields(self, stores: list[Store]) -> dict[str, Any]:
+        """What a result row says of a sequence's stores beyond what all rows say; values that JSON knows."""
+        return {}
 
     def parts(self) -> list[Part]:
         """What it is composed with."""

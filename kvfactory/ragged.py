@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import partial
 from typing import Self
@@ -131,6 +131,9 @@ class HeadwiseStore(Store):
 
     def lengths(self) -> list[int]:
         return [store.lengths()[0] for store in self._stores]
+
+    def holders(self) -> Iterator[Store]:
+        return (holder for store in self._stores for holder in store.holders())
 
     def nbytes(self) -> int:
         return sum(store.nbytes() for store in self._stores)

@@ -7,7 +7,7 @@ under `query_head` granularity, a query head. Entries stay in ascending position
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import NamedTuple, Self
 
@@ -84,6 +84,10 @@ class Store(ABC):
     def read_lengths(self) -> list[int]:
         """Entries that the latest step's query read, one number a list that `read` gave, or a stored head."""
         return self.lengths()
+
+    def holders(self) -> Iterator[Store]:
+        """The stores that hold its entries: itself, or those that it is made of."""
+        yield self
 
     def nbytes(self) -> int:
         """Bytes of every tensor held, room to grow and bookkeeping included."""

@@ -17,7 +17,7 @@ from .benchmarks import Benchmark, Example
 from .budget import Share
 from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
-from .errors import UserError
+from .errors import UserError, require
 from .method import Method
 from .registry import LACKS, Registry
 from .results import Row, RunFolder
@@ -44,8 +44,8 @@ def make_jobs(
 ) -> list[Job]:
     """Every method at every budget. A spec is a name, and settings of its own behind colons: `snapkv:window_size=16`.
 
-    `parts` (an allocator, a merge) and `settings` go to each method that has them. Raises `UserError` for what no method
-    here has.
+    A spec may name a budget of its own, and is there once then. `parts` (an allocator, a merge) and `settings` go to each
+    method that has them. Raises `UserError` for what no method here has.
     """
     settings = settings or {}
     wanted = {kind: part for kind, part in (parts or {}).items() if part is not None}
@@ -66,10 +66,12 @@ def make_jobs(
             raise UserError(f"--{kind} {part}: each of {', '.join(parsed)} {LACKS[kind]}; leave it out")
     jobs: dict[tuple[str, str | None], Job] = {}
     for (spec, (name, own)), budget in product(parsed.items(), budgets):
-        has_budget = registry.has_budget(name)
         given = {each: value for each, value in settings.items() if each in known[spec]}
-        method = registry.load_method(name, budget if has_budget else None, **(given | fitting[name] | own))
-        named = (str(budget) if isinstance(budget, Share) else budget) if has_budget else None
+        at = {"budget": budget} if registry.has_budget(name) else {}
+        require(bool(at) or "budget" not in own, f"--method '{spec}': {name} keeps everything and takes no budget")
+        method = registry.load_method(name, **(at | given | fitting[name] | own))
+        asked = getattr(method, "budget", None)
+        named = str(asked) if isinstance(asked, Share) else asked
         jobs.setdefault((spec.lower(), None if named is None else str(named)), Job(spec.lower(), named, method))
     return list(jobs.values())
 
@@ -219,6 +221,7 @@ class Sweep:
             "prefill_seconds": sequence.prefill_seconds,
             "compress_seconds": sequence.cache.compress_seconds,
             "decode_seconds": sequence.decode_seconds,
+            **job.method.row_fields(sequence.cache.stores),
             **example.info,
         }
 

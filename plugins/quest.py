@@ -15,7 +15,7 @@ are the first. KVCache-Factory cuts the chosen pages to an exact number of token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
@@ -181,6 +181,9 @@ class PagedStore(Store):
 
     def lengths(self) -> list[int]:
         return self._store.lengths()
+
+    def holders(self) -> Iterator[Store]:
+        return self._store.holders()
 
     def nbytes(self) -> int:
         return self._store.nbytes() + sum(pages.least.nbytes + pages.most.nbytes for pages in self._pages)

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
+import click
 import pytest
 import torch
-from calibrations import tiny_calibration
+from calibrations import tiny_calibration, tiny_weights
+from entry_points import exit_code
 from torch import Tensor
 
 from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, Store, UserError, hookimpl, load_method
@@ -128,6 +130,44 @@ def test_a_package_may_bring_allocators_and_families_too(monkeypatch: pytest.Mon
     registry = installed(monkeypatch, mine=Plugged())
     assert registry.families["llama9"] is family
     assert registry.load_method("mine", budget=9) == ScoreByNorm(budget=9, allocator=Flat())
+
+
+def a_command_plugin(name: str) -> ModuleType:
+    def kvfactory_register_commands(register: Callable[..., None]) -> None:
+        register(name, click.Command(name, callback=lambda: click.echo("it ran"), help="Of somebody else's."))
+
+    return a_plugin_with(kvfactory_register_commands)
+
+
+def test_a_package_may_bring_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    registry = installed(monkeypatch, mine=a_command_plugin("measure-mine"))
+    monkeypatch.undo()
+    monkeypatch.setattr("kvfactory_runners.commands.registry_for", lambda arguments: registry)
+    assert exit_code("kvfactory", ["measure-mine"]) == 0 and "it ran" in capsys.readouterr().out
+    assert exit_code("kvfactory", ["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(each in said for each in ("methods", "measure-mine", "Of somebody else's."))
+
+
+def test_a_command_of_a_name_that_is_taken_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with says("command 'measure-mine'", "kvf-one 1.2", "kvf-two 1.2"):
+        installed(monkeypatch, one=a_command_plugin("measure-mine"), two=a_command_plugin("measure-mine"))
+    registry = installed(monkeypatch, mine=a_command_plugin("methods"))
+    monkeypatch.undo()
+    monkeypatch.setattr("kvfactory_runners.commands.registry_for", lambda arguments: registry)
+    assert exit_code("kvfactory", ["methods"]) == 2
+    assert "'methods'" in capsys.readouterr().err
+
+
+def test_a_command_comes_from_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    hook = "def kvfactory_register_commands(register):\n    register('in-a-file', click.Command('in-a-file'))\n"
+    file.write_text(f"import click\nfrom kvfactory import hookimpl\n\n@hookimpl\n{hook}")
+    registry = Registry()
+    registry.add_file(file)
+    assert list(registry.commands) == ["in-a-file"]
 
 
 class Flat(Uniform):
@@ -357,7 +397,7 @@ def test_an_allocator_brings_its_settings() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_load_the_same_method_again(name: str, kind: str, part: str | None) -> None:
     registry = get_registry()
-    given = {kind: part} if part and registry.has_budget(name) else {}
+    given = {kind: part} if part and kind in registry.kinds_of_parts(name) else {}
     try:
         method = load_method(name, budget=32, **given)
     except UserError as refusal:
@@ -458,7 +498,7 @@ def other_values(setting: Setting) -> list[Any]:
     if isinstance(default, Share):
         return [1, 3, Share(default.percent / 2)]
     if isinstance(default, tuple):
-        return [(), (*default, 3)]
+        return [(), (*default, 3), tuple(2 * each for each in default)]
     values = (default / 4, default / 2, default + 2, default * 2, 12, 0.5)
     return [value for value in values if value != default and (kind is float or value % 1 == 0)]
 
@@ -474,13 +514,15 @@ SETTINGS = [
 
 
 AT_A_SMALL_SIZE: dict[str, dict[str, Any]] = {
+    "hierarchical": {"window_size": 6, "access_size": 4, "recent_size": 2, "sink_size": 1, "thresholds": (4, 2, 1), "initial_level": 2},
     "quest": {"token_budget": 8, "page_size": 2, "dense_layers": 0},
     "think": {"whole_size": 4},
     "kvquant": {"calibration": tiny_calibration(4, 4, 8), "nbits": 3},
     "minference": {"block_size": 2, "block_count": 3},
+    "learned": {"weights": tiny_weights(4, 4, 8)},
 }
 """Settings under which the others of a method or part show in seventy tokens."""
-OTHER_FILES = {"calibration": [tiny_calibration(4, 4, 8, 2.0)]}
+OTHER_FILES = {"calibration": [tiny_calibration(4, 4, 8, 2.0)], "weights": [tiny_weights(4, 4, 8, seed=1)]}
 
 
 @pytest.mark.parametrize(("name", "kind", "part", "setting"), SETTINGS)

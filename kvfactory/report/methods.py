@@ -62,7 +62,7 @@ def first_line(registry: Registry, name: str) -> tuple[str, str | None]:
 def _facts(registry: Registry, name: str, layer_table: str) -> Facts:
     does, arxiv = first_line(registry, name)
     cls = registry.method_entry(name).attention
-    acts_in = "-"
+    acts_in = "prompt and steps" if registry.has_budget(name) else "-"
     if issubclass(cls, EvictionMethod):
         default = registry.settings(name)["decode_budget"].default
         refused = refusal(registry, name, {}, layer_table, decode_budget="same")

@@ -149,7 +149,7 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
 
 def _evicted(line: Mapping[Hashable, Any]) -> str:
     share = line["compressed_share"]
-    if line["budget"] == FULL or pd.isna(share):
+    if pd.isna(share) or (line["budget"] == FULL and share == 0):
         return "-"
     return {0: "never", 1: "always"}.get(share, f"{share:.0%}")
 
