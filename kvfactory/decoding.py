@@ -32,7 +32,9 @@ class BoundedStore(DenseStore):
         limit = None if capacity is None else capacity + self.spare
         super().__init__(*method.gather(layer, kept), kept.int(), limit=limit)
         place = layer.layer_index, layer.num_layers
-        self._as_layer = partial(LayerContext, *place, inverse_frequencies=layer.inverse_frequencies)
+        self._as_layer = partial(
+            LayerContext, *place, inverse_frequencies=layer.inverse_frequencies, first_kv_head=layer.first_kv_head
+        )
         self._recent = method.recent_queries
         self._queries = layer.queries[:, max(0, layer.num_tokens - self._recent) :].clone()
 

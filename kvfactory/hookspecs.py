@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import click
 import pluggy
 
 from .attention import Family
@@ -68,6 +69,12 @@ class RegisterFamily(Protocol):
     def __call__(self, model_type: str, family: Family) -> None: ...
 
 
+class RegisterCommand(Protocol):
+    """What a plugin calls for each command of its own."""
+
+    def __call__(self, name: str, command: click.Command) -> None: ...
+
+
 @hookspec
 def kvfactory_register_methods(register: RegisterMethod) -> None:
     """Call `register(name, attention=MethodClass)` for each method, with the names of its parts if it has any."""
@@ -101,3 +108,8 @@ def kvfactory_register_retrievals(register: RegisterRetrieval) -> None:
 @hookspec
 def kvfactory_register_families(register: RegisterFamily) -> None:
     """Call `register(model_type, family)` to teach the attention patch another model architecture."""
+
+
+@hookspec
+def kvfactory_register_commands(register: RegisterCommand) -> None:
+    """Call `register(name, command)` for each command that `kvfactory` should have, to train or measure what is needed."""

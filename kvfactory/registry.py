@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import click
 import pluggy
 
 from . import hookspecs
@@ -27,8 +28,8 @@ from .settings import Setting, convert, settings_of
 
 GROUP = "kvfactory"
 LACKS = {
-    "allocator": "evicts nothing",
-    "merge": "evicts nothing",
+    "allocator": "has no budget that could be split",
+    "merge": "merges nothing",
     "quant_method": "holds entries in a way of its own",
     "key_pruning": "holds entries in a way of its own",
     "retrieval": "reads entries in a way of its own",
@@ -68,6 +69,7 @@ class Registry:
         self.parts: dict[str, dict[str, type[Any]]] = {kind: {} for kind in LACKS}
         """Parts by name, on a shelf for each field of a method that may hold them."""
         self.families: dict[str, Family] = {}
+        self.commands: dict[str, click.Command] = {}
         self.plugins: list[Plugin] = []
         self._owners: dict[tuple[str, str], Plugin] = {}
         self._manager = pluggy.PluginManager(GROUP)
@@ -113,6 +115,7 @@ class Registry:
             "kvfactory_register_key_prunings": partial(self._register_part, "key_pruning"),
             "kvfactory_register_retrievals": partial(self._register_part, "retrieval"),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
+            "kvfactory_register_commands": partial(self._register, "command", self.commands),
         }
         for hook, register in doors.items():
             for implementation in getattr(self._manager.hook, hook).get_hookimpls():
@@ -246,7 +249,7 @@ class Registry:
         """A method by name, with its settings; values may be strings, as flags are. Parts are chosen by name.
 
         Raises `UserError` for unknown names and settings, values of the wrong kind, parts that do not go with the method,
-        and a budget that is missing. Methods that keep everything have no budget and leave one unused.
+        and a budget that is missing where a method needs one. Methods that keep everything leave one unused.
         """
         entry = self.method_entry(name)
         own = settings_of(entry.attention)
@@ -263,7 +266,7 @@ class Registry:
                 raise unknown(f"setting of {name}:", each, known)
         values = {each: convert(each, value, known[each].type) for each, value in settings.items()}
         if "budget" in own:
-            if budget is None:
+            if budget is None and own["budget"].default is not None:
                 raise UserError(f"method '{name}' needs a budget; give --max_capacity_prompts")
             values["budget"] = convert("max_capacity_prompts", budget, own["budget"].type)
         for kind, part in self.parts_of(name, chosen).items():

@@ -1,4 +1,4 @@
-"""`kvfactory methods`: what is installed, from which package, with which settings."""
+"""Commands beside the benchmarks: `kvfactory methods` lists what is installed, and plugins bring commands of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kvfactory.cli import registry_for, run_command
+from kvfactory.errors import require
 from kvfactory.registry import Registry
 from kvfactory.report.methods import first_line
 
@@ -34,7 +35,14 @@ def methods_command(registry: Registry) -> click.Command:
 
 
 def command(arguments: list[str]) -> click.Command:
-    return click.Group("kvfactory", commands=[methods_command(registry_for(arguments))], help=__doc__)
+    registry = registry_for(arguments)
+    methods = methods_command(registry)
+    require(
+        methods.name not in registry.commands,
+        f"a plugin registers the command '{methods.name}', which kvfactory has itself; remove it",
+    )
+    plugin = click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
+    return click.Group("kvfactory", commands={"methods": methods} | registry.commands, params=[plugin], help=__doc__)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -8,20 +8,23 @@ Texts between the markers `<!-- name -->` and `<!-- end of name -->` are replace
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from math import exp
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import NoReturn
 
 import click
+from rich.progress import track
 
 from kvfactory import Engine, UserError, load_model
 from kvfactory.benchmarks.haystack import load_haystack
-from kvfactory.cli import run_command
+from kvfactory.cli import CommaList, run_command
 from kvfactory.method import EvictionMethod
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import facts, markdown, settings_text
@@ -47,6 +50,21 @@ VARIANTS = [
     "streamingllm:allocator=head-table:head_table=docs/heads/SmolLM2-135M-Instruct.json",
 ]
 """Lines beside those of the methods themselves."""
+CONTINUED = [
+    "fullkv",
+    "snapkv",
+    "h2o",
+    "streamingllm",
+    "random",
+    "hierarchical",
+    "semantic",
+    "semantic:strategy=attention",
+    "semantic:strategy=representative",
+    "semantic:strategy=thesis",
+    "learned",
+]
+"""Methods whose continuation of a text is compared."""
+PREFIX, CONTINUATION, PIECES = 1024, 256, 3
 HEADS = [
     "method",
     "paper",
@@ -123,14 +141,14 @@ def put(page: Path, name: str, content: str) -> None:
 def find_needles(specs: Sequence[str], folder: Path) -> list[Row]:
     """20 needles of four digits for each method and budget; rows that are there already are not run again."""
     arguments = ["--method", ",".join(specs), "--max_capacity_prompts", ",".join(map(str, BUDGETS))]
-    arguments += ["--context_lengths", str(LENGTH), "--samples", "4", "--save_dir", str(folder)]
+    arguments += ["--context_lengths", str(LENGTH), "--samples", "4", "--dtype", "float32", "--save_dir", str(folder)]
     subprocess.run([sys.executable, ROOT / "runners" / "run_needle_in_haystack.py", *arguments], check=True)
     return load_rows(folder)
 
 
 def costs(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """Of one prompt: MiB kept, the share of a full cache, and seconds to compress, the median of a few passes."""
-    model, tokenizer = load_model()
+    model, tokenizer = load_model(dtype="float32")
     text = load_haystack(None).text[: 10 * PROMPT]  # more characters than so many tokens have
     ids = tokenizer.encode(text)[:PROMPT]
     engine, methods = Engine(model, tokenizer), [job.method for job in jobs]
@@ -142,6 +160,35 @@ def costs(jobs: Sequence[Job]) -> dict[str, list[str]]:
         share = held / full_cache_bytes(model, len(ids))
         found[job.label] = [f"{held / 2**20:.2f}", f"{share:.1%}", f"{seconds:.2f}"]
     return found
+
+
+def texts() -> dict[str, str]:
+    """Two kinds of text that every Python has."""
+    return {"prose": load_haystack(None).text, "code": Path(argparse.__file__).read_text("utf-8")}
+
+
+def continuations(registry: Registry) -> dict[str, list[str]]:
+    """Perplexity of what follows a compressed text, by method: at each budget, of each kind of text."""
+    jobs = make_jobs(registry, CONTINUED, BUDGETS)
+    model, tokenizer = load_model(dtype="float32")
+    engine, found = Engine(model, tokenizer), {}
+    for text in texts().values():
+        ids = tokenizer.encode(text)
+        nats: dict[Job, list[float]] = {job: [] for job in jobs}
+        for start in track(range(0, PIECES * (PREFIX + CONTINUATION), PREFIX + CONTINUATION), description="continuing"):
+            sequences = engine.prefill(ids[start : start + PREFIX], [job.method for job in jobs])
+            after = ids[start + PREFIX : start + PREFIX + CONTINUATION]
+            for job, losses in zip(jobs, engine.score(sequences, after), strict=True):
+                nats[job] += losses.tolist()
+        for name in CONTINUED:
+            at = {job.budget: f"{exp(fmean(nats[job])):.2f}" for job in jobs if job.label == name}
+            found.setdefault(name, []).extend(at.get(budget, at.get(None, "-")) for budget in BUDGETS)
+    return found
+
+
+def continuation_table(found: dict[str, list[str]], rows: Sequence[Row]) -> str:
+    heads = ["method", *(f"{kind} {budget}" for kind in ("prose", "code", "needle") for budget in BUDGETS)]
+    return markdown(heads, [[f"`{name}`", *found[name], *scores(rows, name)] for name in CONTINUED])
 
 
 def scores(rows: Iterable[Row], label: str) -> list[str]:
@@ -156,18 +203,21 @@ def scores(rows: Iterable[Row], label: str) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Run the model, or keep the numbers.")
+@click.option("--method", type=CommaList(click.STRING), help="Lines to measure; others stay.  [default: all]")
 @click.option("--save_dir", type=click.Path(path_type=Path), default=Path("results/methods"), show_default=True)
-def write(measure: bool, save_dir: Path) -> None:
+def write(measure: bool, method: list[str] | None, save_dir: Path) -> None:
     registry = get_registry()
     put(README, "methods", readme_table(registry))
     put(PAGE, "settings", settings_table(registry))
     numbers = read_numbers(PAGE.read_text("utf-8"))
     if measure:
-        specs = [*built_in(registry), *VARIANTS]
+        every = dict.fromkeys([*built_in(registry), *VARIANTS, *CONTINUED])
+        specs = list(every) if method is None else method
         rows = find_needles(specs, save_dir)
-        numbers = {
-            label: [*cost, *scores(rows, label)] for label, cost in costs(make_jobs(registry, specs, [BUDGET])).items()
-        }
+        for label, cost in costs(make_jobs(registry, specs, [BUDGET])).items():
+            numbers[label] = [*cost, *scores(rows, label)]
+        if set(CONTINUED) <= set(specs):
+            put(PAGE, "continuations", continuation_table(continuations(registry), rows))
     put(PAGE, "table", table(registry, numbers))
     click.echo(f"wrote {PAGE} and {README}")
 

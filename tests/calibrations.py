@@ -1,7 +1,8 @@
-"""Calibration files for tiny models: ranges and levels of a normal distribution, which random numbers are near."""
+"""Files for tiny models: ranges and levels of a normal distribution, which random numbers are near, and token scorers."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -26,4 +27,30 @@ def tiny_calibration(layers: int, kv_heads: int, head_dim: int, spread: float = 
             tables |= {f"{kind}_levels/{share}/{bits}": levels.clone() for kind in ("key", "value")}
     file = Path(tempfile.mkdtemp()) / f"{layers}x{kv_heads}x{head_dim}.safetensors"
     save_file(tables, file)
+    return str(file)
+
+
+@cache
+def tiny_weights(
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    features: tuple[str, ...] = ("unrotated_key", "log_distance", "window_attention"),
+    seed: int = 0,
+    query_heads: int = 8,
+    window_size: int = 4,
+) -> str:
+    """A file with a random token scorer for a model of this shape, one network of width 8 for each KV head."""
+    generator = torch.Generator().manual_seed(seed)
+    per_channel = {"unrotated_key", "key", "value", "head_mean_key"}
+    numbers = sum(head_dim if name in per_channel else 1 for name in features)
+    tensors = {}
+    for each, (given, made) in enumerate([(numbers, 8), (8, 1)]):
+        tensors[f"{each}.weight"] = torch.randn(layers, kv_heads, made, given, generator=generator)
+        tensors[f"{each}.bias"] = torch.randn(layers, kv_heads, made, generator=generator)
+    file = Path(tempfile.mkdtemp()) / "scorer.safetensors"
+    save_file(tensors, file)
+    shape = {"num_layers": layers, "query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    facts = {"format": 1, "features": features, "window_size": window_size, **shape}
+    file.with_suffix(".json").write_text(json.dumps(facts))
     return str(file)

@@ -335,7 +335,8 @@ def test_every_flag_in_the_docs_exists(documented: Registry) -> None:
         for name, module in runners().items()
     }
     assert {"run_longbench.py", "run_needle_in_haystack.py"} <= set(helps)
-    text = " ".join(command.get_help(click.Context(command)) for command in helps.values())
+    commands = [*helps.values(), *documented.commands.values()]
+    text = " ".join(command.get_help(click.Context(command)) for command in commands)
     text += " ".join(
         script.read_text("utf-8") for folder in ("scripts", "benchmarks") for script in (ROOT / folder).glob("*.py")
     )

@@ -452,7 +452,7 @@ def flat(thing: Any) -> Any:
 
 
 def behaviour(method: Method) -> list[Any]:
-    """All that can be seen of a method: what it keeps of two layers, and what becomes of it over three steps."""
+    """All that can be seen of a method: what it keeps of two layers, what becomes of it over three steps, what rows say."""
     generator = torch.Generator().manual_seed(11)
     layers = [[torch.randn(heads, 70, 8, generator=generator) for heads in (8, 4, 4)] for _ in range(2)]
     hidden, frequencies = torch.randn(70, 64, generator=generator), 0.1 ** torch.arange(4.0)
@@ -469,7 +469,8 @@ def behaviour(method: Method) -> list[Any]:
     if isinstance(method, PromptAttention):
         long = [torch.randn(heads, 200, 8, generator=torch.Generator().manual_seed(heads)) for heads in (8, 4, 4)]
         seen.append(flat(method.prefill_attention(0, *long)))
-    for store in method.finish(stores, Prompt(list(range(70)), feed, torch.device("cpu"))):
+    stores = method.finish(stores, Prompt(list(range(70)), feed, torch.device("cpu")))
+    for store in stores:
         seen += [store.nbytes(), flat(store.positions()), flat(store.keys()), flat(store.values())]
         for step in range(3):
             query = torch.randn(8, 1, 8, generator=generator)
@@ -481,7 +482,7 @@ def behaviour(method: Method) -> list[Any]:
             ]
             whole = isinstance(reading.keys, Tensor)
             store.observe((weights[0] if whole else weights) if store.observes else None)
-    return seen
+    return [*seen, method.row_fields(stores)]
 
 
 def other_values(setting: Setting) -> list[Any]:
@@ -514,7 +515,14 @@ SETTINGS = [
 
 
 AT_A_SMALL_SIZE: dict[str, dict[str, Any]] = {
-    "hierarchical": {"window_size": 6, "access_size": 4, "recent_size": 2, "sink_size": 1, "thresholds": (4, 2, 1), "initial_level": 2},
+    "hierarchical": {
+        "window_size": 2,
+        "access_size": 4,
+        "recent_size": 2,
+        "sink_size": 1,
+        "thresholds": (4, 2, 1),
+    },
+    "semantic": {"num_clusters": 4},
     "quest": {"token_budget": 8, "page_size": 2, "dense_layers": 0},
     "think": {"whole_size": 4},
     "kvquant": {"calibration": tiny_calibration(4, 4, 8), "nbits": 3},
