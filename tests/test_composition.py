@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from calibrations import tiny_weights
 
 from kvfactory import Engine, UserError
 from kvfactory.method import EvictionMethod, Method
@@ -21,11 +22,12 @@ BUDGET, TOKENS, STEPS = 24, 60, 5
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files for the allocators that split by one, of the tiny models' shape, by the setting that names them."""
+    """Files for allocators and methods that go by one, of the tiny models' shape, by the setting that names them."""
     folder = tmp_path_factory.mktemp("tables")
     (folder / "layers.json").write_text("[3, 2, 1]")
     (folder / "heads.json").write_text(json.dumps([[layer + head + 1 for head in range(8)] for layer in range(3)]))
-    return {"layer_table": str(folder / "layers.json"), "head_table": str(folder / "heads.json")}
+    files = {"layer_table": str(folder / "layers.json"), "head_table": str(folder / "heads.json")}
+    return files | {"weights": tiny_weights(3, 2, 8)}
 
 
 def load(name: str, allocator: str, merge: str, decode: str | None, tables: dict[str, str]) -> Method:
@@ -39,7 +41,7 @@ def load(name: str, allocator: str, merge: str, decode: str | None, tables: dict
 def test_every_combination_runs_or_is_refused_in_one_line(name: str, tables: dict[str, str]) -> None:
     """All that run share one prefill and one batch, which is what a sweep over them would do."""
     combinations = list(product(ALLOCATORS, [*MERGES, "none"], ["none", "same"]))
-    if not REGISTRY.has_budget(name):
+    if "allocator" not in REGISTRY.kinds_of_parts(name):
         for allocator, merge, _ in combinations:
             with pytest.raises(UserError, match=f"'{name}'"):
                 REGISTRY.load_method(name, allocator=allocator, merge=merge)
