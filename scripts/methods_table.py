@@ -64,7 +64,7 @@ CONTINUED = [
     "learned",
 ]
 """Methods whose continuation of a text is compared."""
-PREFIX, CONTINUATION, PIECES = 1024, 256, 3
+PREFIX, CONTINUATION, PIECES = 1024, 128, 2
 HEADS = [
     "method",
     "paper",
@@ -173,7 +173,7 @@ def continuations(registry: Registry) -> dict[str, list[str]]:
     model, tokenizer = load_model(dtype="float32")
     engine, found = Engine(model, tokenizer), {}
     for text in texts().values():
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text, verbose=False)
         nats: dict[Job, list[float]] = {job: [] for job in jobs}
         for start in track(range(0, PIECES * (PREFIX + CONTINUATION), PREFIX + CONTINUATION), description="continuing"):
             sequences = engine.prefill(ids[start : start + PREFIX], [job.method for job in jobs])

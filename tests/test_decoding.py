@@ -16,7 +16,7 @@ from kvfactory.testing import compress_layer, tiny_model, tiny_prompts
 
 REGISTRY = get_registry()
 ALL = sorted(name for name, entry in REGISTRY.methods.items() if entry.plugin.distribution == "kvfactory")
-EVICTING = [name for name in ALL if REGISTRY.has_budget(name)]
+EVICTING = [name for name in ALL if "decode_budget" in REGISTRY.settings(name)]
 
 
 HELD = ["adakv", "h2o", "snapkv", "streamingllm"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrations import tiny_calibration
+from calibrations import tiny_calibration, tiny_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,6 +48,7 @@ def all_methods() -> list[Method]:
     first_as_it_is: dict[str, dict[str, Any]] = {"minicache": {"start_layer": 2}, "think": {"pruning_ratio": 0}}
     first_as_it_is |= {"kivi": {"nbits": 8}, "gear": {"nbits": 8}}
     first_as_it_is["kvquant"] = {"nbits": 8, "calibration": tiny_calibration(3, 2, 8)}
+    first_as_it_is["learned"] = {"weights": tiny_weights(3, 2, 8)}
     plain = [
         load_method(name, budget=budget, **first_as_it_is.get(name, {})) for name in BUILT_IN for budget in (20, 40)
     ]
@@ -412,7 +413,7 @@ def test_new_tokens_get_their_true_positions(family: str) -> None:
         assert sequence.cache.seen == 69, "the last of the ten waits to be fed"
         for layer, store in enumerate(sequence.cache.stores):
             for head, (positions, keys) in enumerate(zip(store.positions(), store.keys(), strict=True)):
-                evicts = getattr(method, "decode_budget", None) is not None
+                evicts = getattr(method, "decode_budget", getattr(method, "budget", None)) is not None
                 assert evicts or positions[-9:].tolist() == list(range(60, 69)), method
                 assert positions[-1] <= 68
                 if layer == 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrations import tiny_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from kvfactory_plugins.quest import PagedStore, Quest, page_bounds, page_scores
@@ -169,11 +170,12 @@ def test_every_method_may_be_read_by_pages(name: str) -> None:
     """All pages are the method as it is; few pages are read, and what is kept stays the method's business."""
     engine = Engine(tiny_model())
     ids, _ = tiny_prompts(90)
-    window = {"window_size": 4} if "window_size" in get_registry().own_settings(name) else {}
+    wanted = {"window_size": 4, "thresholds": (0, 0, 0), "weights": tiny_weights(3, 2, 8)}
+    own = {each: wanted[each] for each in get_registry().own_settings(name) if each in wanted}
 
     def method(**pages: int) -> Method:
         part = {"retrieval": "quest", "page_size": 2, "dense_layers": 0} if pages else {}
-        return load_method(name, budget=40, **window, **part, **pages)
+        return load_method(name, budget=40, **own, **part, **pages)
 
     sequences = engine.prefill(ids[0], [method(), method(token_budget=400), method(token_budget=8)])
     plain, whole, _ = engine.decode(sequences, 12)
