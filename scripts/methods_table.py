@@ -64,7 +64,7 @@ CONTINUED = [
     "learned",
 ]
 """Methods whose continuation of a text is compared."""
-PREFIX, CONTINUATION, PIECES = 1024, 128, 2
+PREFIX, CONTINUATION, PIECES = 1024, 128, 1
 HEADS = [
     "method",
     "paper",
