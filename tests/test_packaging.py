@@ -109,7 +109,7 @@ def test_the_wheel_holds_the_licence_and_every_entry_point(wheels: Wheels) -> No
     with zipfile.ZipFile(wheels.kvfactory) as opened:
         name = next(each for each in opened.namelist() if each.endswith(".dist-info/entry_points.txt"))
         groups = opened.read(name).decode()
-    plugins = {path.stem for path in (ROOT / "plugins").glob("*.py")} - {"__init__"}
+    plugins = {path.stem for path in (ROOT / "plugins").glob("*.py") if not path.stem.startswith("_")}
     runners = {path.stem for path in (ROOT / "runners").glob("*.py")} - {"__init__"}
     assert set(re.findall(r"= kvfactory_plugins\.(\w+)$", groups, re.MULTILINE)) == plugins
     assert set(re.findall(r"= kvfactory_runners\.(\w+):main$", groups, re.MULTILINE)) == runners
