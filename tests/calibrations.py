@@ -6,11 +6,13 @@ import json
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from kvfactory.nonuniform import normal_levels
+from kvfactory.registry import get_registry
 
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.5)
 
@@ -54,3 +56,9 @@ def tiny_weights(
     facts = {"format": 1, "features": features, "window_size": window_size, **shape}
     file.with_suffix(".json").write_text(json.dumps(facts))
     return str(file)
+
+
+def small_settings(name: str, layers: int = 3, kv_heads: int = 2, head_dim: int = 8, **wanted: Any) -> dict[str, Any]:
+    """Those of the wanted settings that the method knows, a small window, and weights for a model of this shape."""
+    wanted = {"window_size": 4, "weights": tiny_weights(layers, kv_heads, head_dim), **wanted}
+    return {each: value for each, value in wanted.items() if each in get_registry().own_settings(name)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrations import tiny_calibration
+from calibrations import small_settings, tiny_calibration
 from hypothesis import given
 from hypothesis import strategies as st
 from kvfactory_plugins.gear import GEAR, low_rank, outliers
@@ -294,9 +294,9 @@ def test_every_method_evicts_on_top_of_every_storage(name: str, storage: str) ->
     """What is kept is what the method keeps by itself, and what is stored of it is near to that, in fewer bytes."""
     ids, _ = tiny_prompts(90)
     engine = Engine(tiny_model())
-    window = {"window_size": 4} if "window_size" in REGISTRY.own_settings(name) else {}
+    own = small_settings(name)
     settings = {"quant_method": storage, "nbits": 8, **small(storage)}
-    methods = [load_method(name, budget=32, **window, **own) for own in ({}, settings)]
+    methods = [load_method(name, budget=32, **own, **part) for part in ({}, settings)]
     plain, packed = engine.prefill(ids[0], methods)
     for ours, theirs in zip(packed.cache.stores, plain.cache.stores, strict=True):
         for a, b in zip(ours.positions(), theirs.positions(), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrations import tiny_weights
+from calibrations import small_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from kvfactory_plugins.quest import PagedStore, Quest, page_bounds, page_scores
@@ -170,8 +170,7 @@ def test_every_method_may_be_read_by_pages(name: str) -> None:
     """All pages are the method as it is; few pages are read, and what is kept stays the method's business."""
     engine = Engine(tiny_model())
     ids, _ = tiny_prompts(90)
-    wanted = {"window_size": 4, "thresholds": (0, 0, 0), "weights": tiny_weights(3, 2, 8)}
-    own = {each: wanted[each] for each in get_registry().own_settings(name) if each in wanted}
+    own = small_settings(name, thresholds=(0, 0, 0))
 
     def method(**pages: int) -> Method:
         part = {"retrieval": "quest", "page_size": 2, "dense_layers": 0} if pages else {}

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from calibrations import tiny_weights
+from calibrations import small_settings
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -267,8 +267,7 @@ EVICTING = [
 @pytest.mark.parametrize("name", EVICTING)
 def test_what_a_store_lets_go_of_is_free(name: str, granularity: str) -> None:
     """No method keeps a view of the whole prompt: what it holds is what it counts, and that follows its budget."""
-    wanted = {"window_size": 4, "skip_layers": (), "weights": tiny_weights(1, 2, 16)}
-    own = {each: wanted[each] for each in get_registry().settings(name) if each in wanted}
+    own = small_settings(name, 1, 2, 16, skip_layers=())
     full = compress_layer(load_method("fullkv"), *layer())
     store = compress_layer(load_method(name, budget=24, kv_cache_granularity=granularity, **own), *layer())
     heads = 8 if granularity == "query_head" else 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calibrations import small_settings
 from kvfactory_plugins.think import PrunedColumn, channel_scores, kept_channels
 from test_golden_methods import Golden
 from torch import Tensor
@@ -143,7 +145,10 @@ def test_a_short_prompt_is_no_error(tokens: int) -> None:
 def test_nothing_pruned_is_the_method_as_it_is(name: str) -> None:
     engine = Engine(tiny_model())
     ids, _ = tiny_prompts(90)
-    plain, pruned = (load_method(name, budget=40, **own) for own in ({}, {"key_pruning": "think", "pruning_ratio": 0}))
+    own = small_settings(name)
+    plain, pruned = (
+        load_method(name, budget=40, **own, **part) for part in ({}, {"key_pruning": "think", "pruning_ratio": 0})
+    )
     ours, theirs = engine.decode(engine.prefill(ids[0], [pruned, plain]), 12)
     assert ours == theirs
 
@@ -153,9 +158,9 @@ def test_every_method_evicts_with_pruned_keys(name: str) -> None:
     """The tokens are the method's, its heads' channels their own, and bytes fall with the ratio."""
     engine = Engine(tiny_model())
     ids, _ = tiny_prompts(90)
-    ratios = 0.0, 0.25, 0.5
-    methods = [load_method(name, budget=40, key_pruning="think", pruning_ratio=each, whole_size=8) for each in ratios]
-    sequences = engine.prefill(ids[0], [load_method(name, budget=40), *methods])
+    method = partial(load_method, name, budget=40, **small_settings(name))
+    pruned = [method(key_pruning="think", pruning_ratio=each, whole_size=8) for each in (0.0, 0.25, 0.5)]
+    sequences = engine.prefill(ids[0], [method(), *pruned])
     for sequence in sequences[1:]:
         for ours, theirs in zip(sequence.cache.stores, sequences[0].cache.stores, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours.positions(), theirs.positions(), strict=True))
