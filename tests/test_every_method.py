@@ -67,7 +67,7 @@ def test_the_longbench_runner_runs_them_all_at_a_share_of_the_prompt(tmp_path: P
 @pytest.mark.parametrize("name", METHODS)
 def test_generate_gives_each_row_of_a_batch_what_the_engine_gives_it_alone(name: str) -> None:
     model, tokenizer = load_model(dtype="float32", device="cpu")
-    texts = ["The museum opens at nine. " + "Rain fell on the quiet town all day. " * each for each in (9, 14)]
+    texts = ["The museum opens at nine. " + "Rain fell on the quiet town all day. " * each for each in (6, 9)]
     tokenizer.padding_side = "left"
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     method = load_method(name, budget=BUDGET)

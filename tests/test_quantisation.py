@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calibrations import small_settings, tiny_calibration
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvfactory_plugins.gear import GEAR, low_rank, outliers
 from test_golden_methods import Golden
@@ -295,8 +295,8 @@ def test_every_method_evicts_on_top_of_every_storage(name: str, storage: str) ->
     ids, _ = tiny_prompts(90)
     engine = Engine(tiny_model())
     own = small_settings(name)
-    settings = {"quant_method": storage, "nbits": 8, **small(storage)}
-    methods = [load_method(name, budget=32, **own, **part) for part in ({}, settings)]
+    stored = {"quant_method": storage, "nbits": 8, **small(storage)}
+    methods = [load_method(name, budget=32, **own, **part) for part in ({}, stored)]
     plain, packed = engine.prefill(ids[0], methods)
     for ours, theirs in zip(packed.cache.stores, plain.cache.stores, strict=True):
         for a, b in zip(ours.positions(), theirs.positions(), strict=True):
@@ -311,6 +311,7 @@ def test_every_method_evicts_on_top_of_every_storage(name: str, storage: str) ->
         assert all(torch.isfinite(each).all() for each in (*keys, *values))
 
 
+@settings(max_examples=50)
 @given(data=st.data())
 def test_entries_that_stay_are_not_quantised_twice(data: st.DataObject) -> None:
     """Whatever is evicted, and however differently by head, what is left reads as before, bit for bit."""
