@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -77,6 +78,28 @@ class PositiveInt(click.IntRange):
 
     def __init__(self) -> None:
         super().__init__(min=1)
+
+
+class OutputFile(click.ParamType):
+    """A file to write when the work is done; that it can be is found out, and its folder made, before the work begins."""
+
+    name = "file"
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.suffix != self.suffix or path.is_dir():
+            self.fail(f"'{value}': give a file that ends in {self.suffix}", param, ctx)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            self.fail(
+                f"'{value}' cannot be written ({error.strerror}); give a file in a folder that can be", param, ctx
+            )
+        return path
 
 
 def run_command(make_command: Callable[[list[str]], click.Command], arguments: Sequence[str] | None = None) -> NoReturn:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory import Engine, LayerContext, hookimpl, load_model, require
-from kvfactory.cli import CommaList, PositiveInt
+from kvfactory.cli import CommaList, OutputFile, PositiveInt
 from kvfactory.errors import UserError, unknown
 from kvfactory.hookspecs import RegisterCommand
 from kvfactory.models import EMBEDDED, default_threads
@@ -82,7 +82,6 @@ def layout_of(model: PreTrainedModel, task: Task) -> Layout:
 
 def write(output: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """The .safetensors file and the .json beside it, each whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     half_done = [output.with_name(f".{output.stem}{suffix}") for suffix in (".safetensors", ".json")]
     half_done[0].write_bytes(save({name: each.contiguous() for name, each in tensors.items()}))
     half_done[1].write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
@@ -109,7 +108,7 @@ SIZE = PositiveInt()
 
 @click.command(help="Train the network that the method `learned` scores tokens with, on texts of your own.")
 @click.option("--text", "texts", type=EXISTING, multiple=True, required=True, help="A text file; may be repeated.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
+@click.option("--output", type=OutputFile(".safetensors"), required=True, help="A .safetensors file.")
 @click.option("--held_out", type=EXISTING, help="A text of another kind, to compare on.")
 @click.option("--model_path", help="Hub id, folder or .gguf file.  [default: the embedded model]")
 @click.option("--documents", type=click.IntRange(min=2), default=80, show_default=True, help="At most so many.")
@@ -151,7 +150,6 @@ def train_learned(
     device: str,
     **flags: Any,
 ) -> None:
-    require(output.suffix == ".safetensors", f"--output {output}: give a file that ends in .safetensors")
     read_texts = [read_text(path) for path in texts]
     other = None if held_out is None else read_text(held_out)
     task = Task(features=tuple(flags.pop("features")), **{each: flags.pop(each) for each in TASK})

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, load_model
 from kvfactory.benchmarks.haystack import TokenizedHaystack, load_haystack
-from kvfactory.cli import CommaList, PositiveInt, run_command
+from kvfactory.cli import CommaList, OutputFile, PositiveInt, run_command
 from kvfactory.models import default_threads
 from kvfactory.nonuniform import cluster_levels, dynamic_outliers, inner_range, normalised
 from kvfactory.quantisation import Bits
@@ -105,7 +105,7 @@ def channel_bounds(keys: Tensor, share: float) -> Tensor:
 
 @click.command(help="Measure the key ranges and levels that KVQuant needs of a model, and save them.")
 @click.option("--model_path", help="Hub id, folder or .gguf file.  [default: the embedded model]")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .safetensors file.")
+@click.option("--output", type=OutputFile(".safetensors"), required=True, help="A .safetensors file.")
 @click.option("--samples", type=PositiveInt(), default=4, show_default=True, help="Pieces of the text.")
 @click.option("--context_length", type=PositiveInt(), default=2048, show_default=True, help="Tokens of each.")
 @click.option(
@@ -130,7 +130,6 @@ def write_calibration(
     read = TokenizedHaystack(text, tokenizer)
     pieces = [read.window(sample * context_length, context_length) for sample in range(samples)]
     tables = calibrate(collect(Engine(model, tokenizer), pieces), [float(each) for each in outlier_ratios])
-    output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"model": model_path or "embedded", "text": text.sha256, "samples": f"{samples} of {context_length} tokens"}
     save_file({name: table.contiguous() for name, table in tables.items()}, output, facts)
     click.echo(f"{len(tables)} tables of {model.config.num_hidden_layers} layers\n{output}")

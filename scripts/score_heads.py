@@ -31,7 +31,7 @@ from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import Needle, depth_grid
 from kvfactory.benchmarks.needle_styles import Secret
 from kvfactory.chat import chat_ids, has_chat_template, stop_ids
-from kvfactory.cli import PositiveInt, run_command
+from kvfactory.cli import OutputFile, PositiveInt, run_command
 from kvfactory.models import default_threads
 
 
@@ -114,9 +114,7 @@ def score_heads(engine: Engine, benchmark: Needle, rule: str) -> Iterator[Tensor
 
 @click.command(help="Measure how well each attention head of a model retrieves, for the budgets of HeadKV.")
 @click.option("--model_path", help="Hub id, folder or .gguf file.  [default: the embedded model]")
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The table, a JSON file."
-)
+@click.option("--output", type=OutputFile(".json"), required=True, help="The table, a JSON file.")
 @click.option("--examples", type=PositiveInt(), default=10, show_default=True, help="Needles, each at another depth.")
 @click.option("--context_length", type=PositiveInt(), default=512, show_default=True, help="Prompt length in tokens.")
 @click.option(
@@ -158,7 +156,6 @@ def measure(
         for layer in range(heads.shape[0])
         for head in range(heads.shape[1])
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(table) + "\n", encoding="utf-8")
     best = heads.mean(2).flatten().argsort(descending=True)[:5].tolist()
     named = ", ".join(f"{each // heads.shape[1]}-{each % heads.shape[1]}" for each in best)

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, load_model, require
 from kvfactory.benchmarks.haystack import TokenizedHaystack, load_haystack
-from kvfactory.cli import PositiveInt, run_command
+from kvfactory.cli import OutputFile, PositiveInt, run_command
 from kvfactory.models import default_threads
 from kvfactory.sparse import Choice, gathered
 
@@ -101,9 +101,7 @@ def search(engine: Engine, ids: list[int], keys: int, block_size: int) -> list[d
 
 @click.command(help="Search the pattern of each attention head of a model, for the sparse prefill of MInference.")
 @click.option("--model_path", help="Hub id, folder or .gguf file.  [default: the embedded model]")
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The patterns, a JSON file."
-)
+@click.option("--output", type=OutputFile(".json"), required=True, help="The patterns, a JSON file.")
 @click.option("--context_length", type=PositiveInt(), default=2048, show_default=True, help="Tokens of the text.")
 @click.option("--keys", type=PositiveInt(), default=512, show_default=True, help="Keys that a query may see.")
 @click.option("--block_size", type=PositiveInt(), default=64, show_default=True, help="As minference will have it.")
@@ -119,7 +117,6 @@ def write_patterns(
     ids = TokenizedHaystack(load_haystack(haystack), tokenizer).window(0, context_length)
     with Console(stderr=True).status("searching"):
         layers = search(Engine(model, tokenizer), ids, keys, block_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(layers) + "\n", encoding="utf-8")
     winners = Counter(str(head[0]) for layer in layers for head in layer.values())
     named = ", ".join(f"{kind} {count}" for kind, count in winners.most_common())

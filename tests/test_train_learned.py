@@ -175,6 +175,11 @@ def test_bad_input_is_told(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_output_is_a_safetensors_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_learned(folder, tmp_path / "x.bin") == 2
-    assert "ends in .safetensors" in capsys.readouterr().err
+@pytest.mark.parametrize(("output", "told"), [("x.bin", "ends in .safetensors"), ("taken/x.safetensors", "written")])
+def test_the_output_is_looked_at_before_the_work_begins(
+    folder: Path, tmp_path: Path, output: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    assert train_learned(folder, tmp_path / output, text="no such file") == 2
+    said = capsys.readouterr().err.strip()
+    assert output in said and told in said and "\n" not in said
