@@ -174,7 +174,8 @@ def continuations(registry: Registry) -> dict[str, list[str]]:
     """Perplexity of what follows a compressed text, by method: at each budget, of each kind of text."""
     jobs = make_jobs(registry, CONTINUED, BUDGETS)
     model, tokenizer = load_model(dtype="float32")
-    engine, found = Engine(model, tokenizer), {}
+    engine = Engine(model, tokenizer)
+    found: dict[str, list[str]] = {name: [] for name in CONTINUED}
     for text in texts().values():
         ids = tokenizer.encode(text, verbose=False)
         nats: dict[Job, list[float]] = {job: [] for job in jobs}
@@ -185,7 +186,7 @@ def continuations(registry: Registry) -> dict[str, list[str]]:
                 nats[job] += losses.tolist()
         for name in CONTINUED:
             at = {job.budget: f"{exp(fmean(nats[job])):.2f}" for job in jobs if job.label == name}
-            found.setdefault(name, []).extend(at.get(budget, at.get(None, "-")) for budget in BUDGETS)
+            found[name].extend(at.get(budget, at.get(None, "-")) for budget in BUDGETS)
     return found
 
 
