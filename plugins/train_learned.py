@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory import Engine, LayerContext, hookimpl, load_model, require
-from kvfactory.cli import CommaList, OutputFile, PositiveInt
 from kvfactory.errors import UserError, unknown
+from kvfactory.flag_types import CommaList, OutputFile, PositiveInt
 from kvfactory.hookspecs import RegisterCommand
 from kvfactory.models import EMBEDDED, default_threads
 

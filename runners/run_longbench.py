@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.longbench import ENGLISH, LongBench
 from kvfactory.chat import chat_ids, has_chat_template, max_prompt_tokens
-from kvfactory.cli import CommaList, PositiveInt, registry_for, run_command, sweep_command
+from kvfactory.cli import registry_for, run_command, sweep_command
+from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.report.tables import wide
 from kvfactory.results import Row
 

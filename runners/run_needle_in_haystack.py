@@ -16,7 +16,8 @@ from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import Needle
 from kvfactory.benchmarks.needle_styles import STYLES
 from kvfactory.chat import chat_ids, has_chat_template
-from kvfactory.cli import CommaList, PositiveInt, registry_for, run_command, sweep_command
+from kvfactory.cli import registry_for, run_command, sweep_command
+from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.report.heatmaps import save_heatmaps
 from kvfactory.results import Row
 

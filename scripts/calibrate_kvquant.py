@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, load_model
 from kvfactory.benchmarks.haystack import TokenizedHaystack, load_haystack
-from kvfactory.cli import CommaList, OutputFile, PositiveInt, run_command
+from kvfactory.cli import run_command
+from kvfactory.flag_types import CommaList, OutputFile, PositiveInt
 from kvfactory.models import default_threads
 from kvfactory.nonuniform import cluster_levels, dynamic_outliers, inner_range, normalised
 from kvfactory.quantisation import Bits

@@ -24,7 +24,8 @@ from rich.progress import track
 
 from kvfactory import Engine, UserError, load_model
 from kvfactory.benchmarks.haystack import load_haystack
-from kvfactory.cli import CommaList, run_command
+from kvfactory.cli import run_command
+from kvfactory.flag_types import CommaList
 from kvfactory.method import EvictionMethod
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import facts, markdown, settings_text

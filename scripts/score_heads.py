@@ -31,7 +31,8 @@ from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import Needle, depth_grid
 from kvfactory.benchmarks.needle_styles import Secret
 from kvfactory.chat import chat_ids, has_chat_template, stop_ids
-from kvfactory.cli import OutputFile, PositiveInt, run_command
+from kvfactory.cli import run_command
+from kvfactory.flag_types import OutputFile, PositiveInt
 from kvfactory.models import default_threads
 
 

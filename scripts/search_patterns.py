@@ -29,7 +29,8 @@ from torch.nn.functional import pad
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, load_model, require
 from kvfactory.benchmarks.haystack import TokenizedHaystack, load_haystack
-from kvfactory.cli import OutputFile, PositiveInt, run_command
+from kvfactory.cli import run_command
+from kvfactory.flag_types import OutputFile, PositiveInt
 from kvfactory.models import default_threads
 from kvfactory.sparse import Choice, gathered
 
