@@ -31,6 +31,7 @@ from kvfactory import Engine, UserError, load_model
 from kvfactory.chat import chat_ids, stop_ids
 from kvfactory.cli import run_command
 from kvfactory.engine import Sequence as DecodedSequence
+from kvfactory.flag_types import OutputFile
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
 from kvfactory.report.methods import markdown
@@ -179,9 +180,7 @@ def tables(found: pd.DataFrame, names: Sequence[str]) -> str:
 @click.option("--passages", type=click.Path(path_type=Path), default=PASSAGES, show_default="scripts/passages.json")
 @click.option("--new_tokens", default=82, show_default=True, help="Tokens between the prompt and the question.")
 @click.option("--dtype", default="float32", show_default=True)
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Where the tables go.  [default: into the study's page]"
-)
+@click.option("--output", type=OutputFile(".md"), help="Where the tables go.  [default: into the study's page]")
 def study(model_path: str | None, passages: Path, new_tokens: int, dtype: str, output: Path | None) -> None:
     torch.set_num_threads(default_threads())
     texts = read_passages(passages)
