@@ -24,10 +24,10 @@ from torch import Tensor
 from kvfactory import Engine, LayerContext, Method, Store, load_method, load_model
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.clustering import kmeans, silhouette
+from kvfactory.jobs import make_jobs
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
 from kvfactory.rotary import rotated
-from kvfactory.sweep import make_jobs
 
 METHODS = [
     "semantic",

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfactory import Engine, load_model
+from kvfactory.jobs import make_jobs
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
-from kvfactory.sweep import full_cache_bytes, make_jobs
+from kvfactory.sweep import full_cache_bytes
 
 METHODS = [
     "fullkv",

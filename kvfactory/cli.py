@@ -1,4 +1,4 @@
-"""What all commands share: flags, the way errors are told, and a benchmark's run from flags to table.
+"""What all commands share: flags, and the way errors are told.
 
 Flags of methods are made from the dataclass fields of what the registry found, so a plugin's settings are flags too. Their
 values stay text until the registry reads them: there is one place that knows what a setting takes.
@@ -6,40 +6,18 @@ values stay text until the registry reads them: there is one place that knows wh
 
 from __future__ import annotations
 
-import os
-import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import numpy as np
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import models
-from .attention import family_of
-from .benchmarks import Benchmark
-from .budget import Share
-from .chat import stop_ids
-from .engine import Engine
 from .errors import UserError
 from .flag_types import BudgetType, CommaList, PositiveInt
 from .registry import Registry, get_registry
-from .report.tables import TABLE_WIDTH, print_table, summarise
-from .results import ROWS, Row, RunFolder, environment
 from .settings import settings_of
-from .sweep import Sweep, make_jobs
-
-GROWING = ("method", "max_capacity_prompts", "datasets")
-"""Lists of a run that may differ when it is resumed: rows are told apart by them, so more of them only add rows."""
-HARMLESS = ("save_dir", "eval_batch_size", "eval_cache_gib", "plugin")
-"""Flags that change where and how fast results come, not what they are."""
 
 
 def run_command(make_command: Callable[[list[str]], click.Command], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -166,98 +144,20 @@ def sweep_options() -> list[click.Option]:
     ]
 
 
-Make = Callable[[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]], tuple[Benchmark, dict[str, Any]]]
-"""(model, tokenizer, flags) -> the benchmark, and facts about its data for run_meta.json."""
-Finish = Callable[[list[Row], Path, Console], None]
-"""(all rows, the run folder, where to print) -> what a runner adds once all rows are there."""
+class GroupedCommand(click.Command):
+    """A command whose help lists its options under headings."""
 
+    def __init__(self, name: str, *, groups: dict[str, list[click.Option]], **arguments: Any) -> None:
+        self.groups = groups
+        options: list[click.Parameter] = [each for group in groups.values() for each in group]
+        super().__init__(name, params=options, context_settings={"max_content_width": 110}, **arguments)
 
-def sweep_command(
-    name: str, help: str, options: list[click.Option], make: Make, finish: Finish, registry: Registry
-) -> click.Command:
-    """The command of one benchmark: its own options beside those of every sweep and every method."""
-    settings = method_options(registry)
-    setting_names = [each.name for each in settings]
-
-    def run(**flags: Any) -> None:
-        chosen = {each: flags.pop(each) for each in setting_names if each}
-        given = {each: value for each, value in chosen.items() if value is not None}
-        run_sweep(name, flags, given, make, finish, registry)
-
-    flags: list[click.Parameter] = [*sweep_options(), *part_options(registry), *options, *settings]
-    return click.Command(name, params=flags, callback=run, help=help)
-
-
-def run_sweep(
-    name: str, flags: dict[str, Any], settings: dict[str, Any], make: Make, finish: Finish, registry: Registry
-) -> None:
-    """Load, run what is missing, write the tables and say where everything is."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, TABLE_WIDTH)
-    parts = {kind: flags[kind] for kind in registry.parts}
-    jobs = make_jobs(registry, flags["method"], flags["max_capacity_prompts"], parts, settings)
-    for notice in dict.fromkeys(part.notice for job in jobs for part in job.method.parts() if part.notice):
-        print(f"notice: {notice}", file=sys.stderr)
-    torch.set_num_threads(models.default_threads())
-    _seed(flags["seed"])
-    model, tokenizer = models.load_model(
-        flags["model_path"], flags["attn_implementation"], flags["dtype"], flags["device"]
-    )
-    family_of(model, registry.families)
-    benchmark, facts = make(model, tokenizer, flags)
-    arguments = {each: _plain(value) for each, value in flags.items()} | settings
-    kept = {each: value for each, value in arguments.items() if each not in (*GROWING, *HARMLESS)}
-    model_facts = {"model": flags["model_path"] or models.EMBEDDED, "dtype": str(model.dtype).removeprefix("torch.")}
-    where = {**environment([asdict(plugin) for plugin in registry.plugins]), "device_of_model": str(model.device)}
-    save_dir = flags["save_dir"] or Path("results") / name / Path(str(model_facts["model"])).name
-    with RunFolder.open(
-        save_dir, kept | model_facts | facts, environment=where, arguments=arguments | {"command": sys.argv}
-    ) as folder:
-        if folder.notice:
-            print(f"notice: {folder.notice}", file=sys.stderr)
-        stop, limits = stop_ids(model, tokenizer), (flags["eval_batch_size"], flags["eval_cache_gib"] * 2**30)
-        sweep = Sweep(Engine(model, tokenizer), tokenizer, benchmark, jobs, folder, stop, *limits)
-        _run_with_progress(sweep, name)
-        rows = sweep.rows()
-        print_table(summarise(rows), console)
-        console.print(f"rows    {folder.path / ROWS}\ntable   {folder.write_csv(rows)}", soft_wrap=True)
-        finish(rows, folder.path, console)
-
-
-def _run_with_progress(sweep: Sweep, name: str) -> None:
-    missing = sweep.missing()
-    total = sum(len(jobs) for _, jobs in missing)
-    already = len(sweep.folder.rows)
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > models.default_threads():
-        print(
-            "notice: other programs use the processors, so this takes longer and times are not comparable",
-            file=sys.stderr,
-        )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        if already:
-            progress.console.print(f"{already} rows are in {sweep.folder.path} already, {total} to go", soft_wrap=True)
-        if missing:
-            sweep.warm_up()
-        task = progress.add_task(f"{name}: {len(missing)} prompts, {len(sweep.jobs)} configurations", total=total)
-        sweep.run(lambda row: progress.advance(task))
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value) if isinstance(value, Share) else value
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        listed = {id(each) for group in self.groups.values() for each in group}
+        others = [each for each in self.get_params(ctx) if id(each) not in listed]
+        sections: list[tuple[str, Sequence[click.Parameter]]] = [*self.groups.items(), ("Help", others)]
+        for heading, group in sections:
+            lines = [line for each in group if (line := each.get_help_record(ctx))]
+            if lines:
+                with formatter.section(heading):
+                    formatter.write_dl(lines)

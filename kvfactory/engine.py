@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import Patch
@@ -42,11 +43,14 @@ class Sequence:
     stop_reason: str | None = None
     """`stop` or `length`, once decoding ended."""
     unfed: list[int] = field(default_factory=list)
-    """Generated tokens that the cache has not seen yet."""
+    """Tokens that the cache has not seen yet."""
+    losses: list[float] = field(default_factory=list)
+    """Negative log-likelihood in nats of each token that was given in the place of the likeliest."""
 
     def fork(self) -> Sequence:
         """A second sequence that goes on from here by itself."""
-        return replace(self, cache=self.cache.fork(), tokens=list(self.tokens), unfed=list(self.unfed))
+        tokens, unfed, losses = list(self.tokens), list(self.unfed), list(self.losses)
+        return replace(self, cache=self.cache.fork(), tokens=tokens, unfed=unfed, losses=losses)
 
 
 @dataclass(eq=False)
@@ -57,8 +61,13 @@ class DecodeRow:
     max_new_tokens: int
     stop: Collection[int]
     min_new_tokens: int = 0
+    targets: SequenceOf[int] = ()
+    """Teacher forcing: the tokens to go on with instead of the likeliest ones; as many as `max_new_tokens`."""
     made: int = 0
 
+
+LOGITS_AT_ONCE = 256
+"""Tokens whose logits are there together: a vocabulary of 128k takes half a megabyte each."""
 
 Row = TypeVar("Row", bound=DecodeRow)
 
@@ -73,10 +82,13 @@ class Engine:
         self._patch = Patch(model, get_registry().families)
 
     @torch.no_grad()
-    def prefill(self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method]) -> list[Sequence]:
+    def prefill(
+        self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method], losses: bool = False
+    ) -> list[Sequence]:
         """One pass over the prompt's token ids; one sequence a method, in order.
 
-        Methods that attend to the prompt in a way of their own take a pass each, equal ones together.
+        Methods that attend to the prompt in a way of their own take a pass each, equal ones together. With `losses` the
+        sequences have those of all tokens but the first, as attention to the prompt makes them.
         """
         given = torch.as_tensor(ids)
         if given.dim() > 2 or (given.dim() == 2 and len(given) != 1) or not given.numel():
@@ -89,10 +101,41 @@ class Engine:
         made: dict[SequenceCache, Sequence] = {}
         for together in passes.values():
             started = now(self.device)
-            logits = self._forward([together], [prompt])[0]
+            hidden = self._forward([together], [prompt])[0]
+            logits = self._logits(hidden[-1:])[0]
             seconds = now(self.device) - started - sum(cache.own_seconds for cache in together)
             made |= {cache: Sequence(cache, len(prompt), logits, prefill_seconds=seconds) for cache in together}
+            if losses:
+                costs = self._losses(hidden[:-1], prompt[1:])
+                for cache in together:
+                    made[cache].losses += costs
         return [made[cache] for cache in caches]
+
+    @torch.no_grad()
+    def prefill_batch(self, prompts: SequenceOf[SequenceOf[int]], method: Method) -> list[Sequence]:
+        """Several prompts of equally many token ids in one pass; one sequence a prompt, in order.
+
+        Each has the whole pass's `prefill_seconds`. Raises ValueError where lengths differ.
+        """
+        lengths = {len(prompt) for prompt in prompts}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"a batch takes prompts of one length, one token or more, not of {sorted(lengths)}")
+        caches = [SequenceCache(method) for _ in prompts]
+        started = now(self.device)
+        hidden = self._forward([[cache] for cache in caches], [list(prompt) for prompt in prompts])
+        logits = self._logits(hidden[:, -1])
+        seconds = now(self.device) - started - sum(cache.own_seconds for cache in caches)
+        return [
+            Sequence(cache, *lengths, row, prefill_seconds=seconds) for cache, row in zip(caches, logits, strict=True)
+        ]
+
+    def _losses(self, hidden: Tensor, targets: list[int]) -> list[float]:
+        """What each target costs behind its hidden state [tokens, hidden_size], in nats."""
+        wanted = torch.tensor(targets, dtype=torch.long, device=hidden.device)
+        parts = zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True)
+        return [
+            each for part, ids in parts for each in cross_entropy(self._logits(part), ids, reduction="none").tolist()
+        ]
 
     def decode(
         self,
@@ -117,17 +160,30 @@ class Engine:
     @torch.no_grad()
     def step(self, rows: SequenceOf[Row]) -> list[Row]:
         """One token for every row; returns the rows that go on. Between steps rows may leave and others join."""
-        self._feed([row.sequence for row in rows if row.sequence.logits is None])
+        self.feed([row.sequence for row in rows if row.sequence.logits is None])
+        self._force([row for row in rows if row.targets])
         chosen = torch.stack([self._candidates(row) for row in rows]).argmax(-1).tolist()
-        for row, token in zip(rows, chosen, strict=True):
+        for row, likeliest in zip(rows, chosen, strict=True):
+            token = row.targets[row.made] if row.targets else likeliest
             row.made += 1
-            row.sequence.tokens.append(token)
+            if not row.targets:
+                row.sequence.tokens.append(token)
             row.sequence.unfed.append(token)
             row.sequence.logits = None
             row.sequence.stop_reason = (
                 "stop" if token in row.stop else "length" if row.made >= row.max_new_tokens else None
             )
         return [row for row in rows if row.sequence.stop_reason is None]
+
+    @staticmethod
+    def _force(rows: SequenceOf[DecodeRow]) -> None:
+        """Note what the next target of each row costs."""
+        if rows:
+            targets = torch.tensor([row.targets[row.made] for row in rows])
+            logits = torch.stack([row.sequence.logits for row in rows if row.sequence.logits is not None])
+            losses = cross_entropy(logits, targets.to(logits.device), reduction="none").tolist()
+            for row, loss in zip(rows, losses, strict=True):
+                row.sequence.losses.append(loss)
 
     @staticmethod
     def _candidates(row: DecodeRow) -> Tensor:
@@ -137,13 +193,16 @@ class Engine:
         barred = torch.tensor(sorted(row.stop), device=row.sequence.logits.device)
         return row.sequence.logits.index_fill(0, barred, -torch.inf)
 
-    def _feed(self, sequences: list[Sequence]) -> None:
-        """Pass the tokens that wait through the model: all rows at once where each has one."""
-        single = [each for each in sequences if len(each.unfed) == 1]
-        batches = ([single] if single else []) + [[each] for each in sequences if len(each.unfed) > 1]
-        for batch in batches:
+    @torch.no_grad()
+    def feed(self, sequences: SequenceOf[Sequence]) -> None:
+        """Pass the tokens that wait through the model: at once those rows where equally many wait."""
+        batches: dict[int, list[Sequence]] = {}
+        for each in sequences:
+            batches.setdefault(len(each.unfed), []).append(each)
+        for batch in batches.values():
             started = now(self.device)
-            logits = self._forward([[each.cache] for each in batch], [each.unfed for each in batch])
+            hidden = self._forward([[each.cache] for each in batch], [each.unfed for each in batch])
+            logits = self._logits(hidden[:, -1])
             share = (now(self.device) - started) / len(batch)
             for each, row in zip(batch, logits, strict=True):
                 each.logits = row
@@ -156,32 +215,29 @@ class Engine:
         if more := list(ids):
             sequence.unfed += more
             sequence.logits = None
-            self._feed([sequence])
+            self.feed([sequence])
         return sequence
 
-    @torch.no_grad()
     def score(self, sequences: SequenceOf[Sequence], ids: SequenceOf[int] | Tensor) -> list[Tensor]:
         """Teacher-forced: negative log-likelihood in nats of each of the token ids, one float32 tensor [tokens] a sequence.
 
         Tokens are fed one by one, so that what evicts while decoding evicts; the sequences end behind them.
         """
         targets = torch.as_tensor(ids).flatten().tolist()
-        losses: list[Tensor] = []
-        for target in targets:
-            self._feed([each for each in sequences if each.logits is None])
-            logits = torch.stack([each.logits for each in sequences if each.logits is not None])
-            losses.append(-logits.log_softmax(-1)[:, target])
-            for each in sequences:
-                each.unfed.append(target)
-                each.logits = None
-        return list(torch.stack(losses, 1).unbind(0)) if losses else [torch.zeros(0) for _ in sequences]
+        active: SequenceOf[DecodeRow] = [DecodeRow(each, len(targets), (), targets=targets) for each in sequences]
+        while targets and active:
+            active = self.step(active)
+        return [torch.tensor(each.losses[len(each.losses) - len(targets) :]) for each in sequences]
 
     def _forward(self, rows: list[list[SequenceCache]], tokens: list[list[int]]) -> Tensor:
-        """Next-token logits [rows, vocabulary], float32; every row brings equally many tokens."""
+        """Hidden states [rows, tokens, hidden_size] behind the last layer; every row brings equally many tokens."""
         ids = torch.tensor(tokens, device=self.device)
         first = torch.tensor([row[0].seen for row in rows], device=self.device)
         positions = first[:, None] + torch.arange(ids.shape[1], device=self.device)
         with self._patch as patch:
             cache = patch.new_cache(rows)
-            hidden = self.model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[0]
-        return self.model.lm_head(hidden[:, -1:])[:, 0].float()
+            return self.model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> [tokens, vocabulary], float32."""
+        return self.model.lm_head(hidden).float()

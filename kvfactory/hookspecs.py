@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import click
 import pluggy
@@ -12,6 +12,9 @@ from .budget import BudgetAllocator
 from .merge import Merge
 from .method import Method
 from .storage import KeyPruning, Quantisation, Retrieval
+
+if TYPE_CHECKING:  # a runner knows the registry, which knows the hooks
+    from .runner import Runner
 
 hookspec = pluggy.HookspecMarker("kvfactory")
 hookimpl = pluggy.HookimplMarker("kvfactory")
@@ -69,6 +72,12 @@ class RegisterFamily(Protocol):
     def __call__(self, model_type: str, family: Family) -> None: ...
 
 
+class RegisterBenchmark(Protocol):
+    """What a plugin calls for each benchmark."""
+
+    def __call__(self, name: str, runner: Runner) -> None: ...
+
+
 class RegisterCommand(Protocol):
     """What a plugin calls for each command of its own."""
 
@@ -108,6 +117,11 @@ def kvfactory_register_retrievals(register: RegisterRetrieval) -> None:
 @hookspec
 def kvfactory_register_families(register: RegisterFamily) -> None:
     """Call `register(model_type, family)` to teach the attention patch another model architecture."""
+
+
+@hookspec
+def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    """Call `register(name, Runner(...))` for each benchmark that `kvfactory run` should know."""
 
 
 @hookspec

@@ -261,6 +261,11 @@ def dataset_score(
     return round(100 * total / len(predictions), 2)
 
 
+def length_bin(length: int) -> str:
+    """LongBench-E's name for rows with such a `length`."""
+    return "0-4k" if length < 4000 else "4-8k" if length < 8000 else "8k+"
+
+
 def dataset_score_e(
     dataset: str,
     predictions: Sequence[str],
@@ -273,8 +278,7 @@ def dataset_score_e(
     _check(predictions, lengths, "lengths")
     bins: dict[str, list[float]] = {"0-4k": [], "4-8k": [], "8k+": []}
     for length, prediction, wanted in zip(lengths, predictions, answers, strict=True):
-        name = "0-4k" if length < 4000 else "4-8k" if length < 8000 else "8k+"
-        bins[name].append(score(dataset, prediction, wanted, all_classes))
+        bins[length_bin(length)].append(score(dataset, prediction, wanted, all_classes))
     # numpy's mean and its way of rounding, as in the official script: the second decimal can depend on them.
     return {name: float(round(100 * np.mean(values), 2)) if values else None for name, values in bins.items()}
 

@@ -69,6 +69,8 @@ class Registry:
         self.parts: dict[str, dict[str, type[Any]]] = {kind: {} for kind in LACKS}
         """Parts by name, on a shelf for each field of a method that may hold them."""
         self.families: dict[str, Family] = {}
+        self.benchmarks: dict[str, Any] = {}
+        """Each a `kvfactory.runner.Runner`, which is above this module."""
         self.commands: dict[str, click.Command] = {}
         self.plugins: list[Plugin] = []
         self._owners: dict[tuple[str, str], Plugin] = {}
@@ -115,6 +117,7 @@ class Registry:
             "kvfactory_register_key_prunings": partial(self._register_part, "key_pruning"),
             "kvfactory_register_retrievals": partial(self._register_part, "retrieval"),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
+            "kvfactory_register_benchmarks": partial(self._register, "benchmark", self.benchmarks),
             "kvfactory_register_commands": partial(self._register, "command", self.commands),
         }
         for hook, register in doors.items():

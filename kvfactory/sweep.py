@@ -1,102 +1,23 @@
 """A sweep: many methods and budgets over the same examples, one prefill an example, decode steps shared by all.
 
-Examples whose rows are in the run folder already are skipped, and of the others only the missing methods run.
+Examples whose rows are in the run folder already are skipped, and of the others only the missing methods run. Questions
+about one context go on from copies of one compressed cache; the turns of a conversation go on from each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks import Benchmark, Example
-from .budget import Share
 from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
-from .errors import UserError, require
-from .method import Method
-from .registry import LACKS, Registry
+from .jobs import Job
 from .results import Row, RunFolder
-from .settings import settings_of
-
-
-@dataclass(frozen=True)
-class Job:
-    """One method at one budget, as a sweep runs it and tables name it."""
-
-    label: str
-    """The method's name and the settings given with it: `h2o:recent_size=32`."""
-    budget: int | str | None
-    """Entries, or a share of the prompt such as `10%`; None for a method that keeps everything."""
-    method: Method
-
-
-def make_jobs(
-    registry: Registry,
-    specs: Sequence[str],
-    budgets: Sequence[int | Share],
-    parts: Mapping[str, str | None] | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> list[Job]:
-    """Every method at every budget. A spec is a name, and settings of its own behind colons: `snapkv:window_size=16`.
-
-    A spec may name a budget of its own, and is there once then. `parts` (an allocator, a merge) and `settings` go to each
-    method that has them. Raises `UserError` for what no method here has.
-    """
-    settings = settings or {}
-    wanted = {kind: part for kind, part in (parts or {}).items() if part is not None}
-    parsed = {spec: _parse(spec) for spec in dict.fromkeys(specs)}
-    fitting = {
-        name: {kind: part for kind, part in wanted.items() if kind in registry.kinds_of_parts(name)}
-        for name, _ in parsed.values()
-    }
-    known: dict[str, set[str]] = {}
-    for spec, (name, own) in parsed.items():
-        used = fitting[name] | _parts(registry, own)
-        known[spec] = {*registry.settings(name, used), *registry.aliases_of_parts(name, used)}
-    for setting in settings:
-        if not any(setting in each for each in known.values()):
-            raise UserError(f"--{setting} is not a setting of {', '.join(parsed)}; {_owners(registry, setting)}")
-    for kind, part in wanted.items():
-        if not any(kind in each for each in fitting.values()):
-            raise UserError(f"--{kind} {part}: each of {', '.join(parsed)} {LACKS[kind]}; leave it out")
-    jobs: dict[tuple[str, str | None], Job] = {}
-    for (spec, (name, own)), budget in product(parsed.items(), budgets):
-        given = {each: value for each, value in settings.items() if each in known[spec]}
-        at = {"budget": budget} if registry.has_budget(name) else {}
-        require(bool(at) or "budget" not in own, f"--method '{spec}': {name} keeps everything and takes no budget")
-        method = registry.load_method(name, **(at | given | fitting[name] | own))
-        asked = getattr(method, "budget", None)
-        named = str(asked) if isinstance(asked, Share) else asked
-        jobs.setdefault((spec.lower(), None if named is None else str(named)), Job(spec.lower(), named, method))
-    return list(jobs.values())
-
-
-def _parts(registry: Registry, own: Mapping[str, str]) -> dict[str, str]:
-    return {kind: own[kind] for kind in registry.parts if kind in own}
-
-
-def _parse(spec: str) -> tuple[str, dict[str, str]]:
-    name, *pairs = spec.split(":")
-    for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"--method '{spec}': '{pair}' is not setting=value; write name:setting=value:setting=value")
-    return name, dict(pair.split("=", 1) for pair in pairs)
-
-
-def _owners(registry: Registry, setting: str) -> str:
-    owners = [name for name in registry.methods if setting in registry.own_settings(name)]
-    owners += [
-        f"--{kind} {name}"
-        for kind, shelf in registry.parts.items()
-        for name in shelf
-        if setting in settings_of(shelf[name])
-    ]
-    return f"it is one of {', '.join(owners)}" if owners else "no method has it"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -107,6 +28,10 @@ class Running(DecodeRow):
     job: Job
     footprint: Row
     """Its size right after the prefill."""
+    question_tokens: int = 0
+    """Tokens read after the prompt was compressed, or after the answer before."""
+    fork: DecodedSequence | None = None
+    """Where the next turn begins, if not behind this one's answer."""
 
 
 class Sweep:
@@ -136,19 +61,38 @@ class Sweep:
         self.stop = frozenset(stop)
         self.rows_at_once = rows_at_once
         self.bytes_at_once = bytes_at_once
+        self._following = {each.after: each for each in benchmark.examples() if each.after is not None}
+        self._context: str | None = None
+        self._compressed: dict[Any, tuple[DecodedSequence, Row]] = {}
+        """The prompt of `_context` under each job that has read it, for more questions about it."""
 
     def missing(self) -> list[tuple[Example, list[Job]]]:
-        """What is left to do: examples, and the jobs that have no row of them yet."""
+        """What is left to do: examples with a prompt of their own, and the jobs that lack its row or one of a later turn."""
         todo = [
-            (example, [job for job in self.jobs if (example.id, job.label, job.budget) not in self.folder.done])
+            (example, [job for job in self.jobs if any(self._lacks(turn, job) for turn in self._turns(example))])
             for example in self.benchmark.examples()
+            if example.after is None
         ]
         return [(example, jobs) for example, jobs in todo if jobs]
+
+    def count_missing(self) -> int:
+        """Rows that are left to write."""
+        return sum(self._lacks(example, job) for example in self.benchmark.examples() for job in self.jobs)
+
+    def _turns(self, example: Example) -> Iterator[Example]:
+        """The example and the turns behind it."""
+        turn: Example | None = example
+        while turn is not None:
+            yield turn
+            turn = self._following.get(turn.id)
+
+    def _lacks(self, example: Example, job: Job) -> bool:
+        return (example.id, *job.key) not in self.folder.done
 
     def rows(self) -> list[Row]:
         """All rows of the folder, in the order of examples and jobs rather than that in which they ended."""
         examples = {example.id: rank for rank, example in enumerate(self.benchmark.examples())}
-        jobs = {(job.label, job.budget): rank for rank, job in enumerate(self.jobs)}
+        jobs = {job.key: rank for rank, job in enumerate(self.jobs)}
 
         def rank(row: Row) -> tuple[int, int]:
             job = jobs.get((row["method"], row["budget"]), len(jobs))
@@ -165,9 +109,14 @@ class Sweep:
         """Everything that is missing; `on_row` is called with each row once it is written."""
         active: list[Running] = []
         for example, jobs in self.missing():
+            if self.benchmark.one_pass:
+                for row in self._read(example, jobs):
+                    self._write(row, on_row)
+                continue
             while active and not self._has_room(active, len(jobs)):
                 active = self._step(active, on_row)
             active += self._start(example, jobs)
+        self._compressed = {}
         while active:
             active = self._step(active, on_row)
 
@@ -175,33 +124,87 @@ class Sweep:
         held = sum(row.footprint["cache_bytes"] for row in active)
         return len(active) + more <= self.rows_at_once and held < self.bytes_at_once
 
-    def _start(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
-        sequences = self.engine.prefill(self.benchmark.prompt_ids(example), [job.method for job in jobs])
-        full = full_cache_bytes(self.engine.model, sequences[0].prompt_tokens)
+    def _read(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
+        """Prompt and targets in one pass; the rows have ended then."""
+        text = [*self.benchmark.prompt_ids(example), *self.benchmark.target_ids(example)]
+        sequences = self.engine.prefill(text, [job.method for job in jobs], losses=True)
+        full = full_cache_bytes(self.engine.model, len(text))
         return [
-            Running(
-                sequence=sequence,
-                max_new_tokens=example.max_new_tokens,
-                stop=self.stop | example.stop_ids,
-                min_new_tokens=example.min_new_tokens,
-                example=example,
-                job=job,
-                footprint=footprint(sequence, full),
-            )
-            for job, sequence in zip(jobs, sequences, strict=True)
+            Running(sequence=each, max_new_tokens=0, stop=(), example=example, job=job, footprint=footprint(each, full))
+            for job, each in zip(jobs, sequences, strict=True)
         ]
+
+    def _start(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
+        prompts = self._prompts(example, jobs)
+        rows = [self._turn(example, job, *prompts[job.key]) for job in jobs]
+        return self._ready(rows)
+
+    def _prompts(self, example: Example, jobs: Sequence[Job]) -> dict[Any, tuple[DecodedSequence, Row]]:
+        """The example's prompt under each job, and its size; compressed once for all examples of a context."""
+        if example.context is None or example.context != self._context:
+            self._context, self._compressed = example.context, {}
+        unread = [job for job in jobs if job.key not in self._compressed]
+        if unread:
+            sequences = self.engine.prefill(self.benchmark.prompt_ids(example), [job.method for job in unread])
+            full = full_cache_bytes(self.engine.model, sequences[0].prompt_tokens)
+            fresh = {job.key: (each, footprint(each, full)) for job, each in zip(unread, sequences, strict=True)}
+            if example.context is None:
+                return fresh
+            self._compressed |= fresh
+        return {key: (sequence.fork(), size) for key, (sequence, size) in self._compressed.items()}
+
+    def _turn(self, example: Example, job: Job, sequence: DecodedSequence, size: Row) -> Running:
+        """The example's question, put to a sequence that has the prompt or earlier turns behind it."""
+        question = self.benchmark.question_ids(example)
+        if question:
+            sequence.unfed += question
+            sequence.logits = None
+        targets = self.benchmark.target_ids(example)
+        return Running(
+            sequence=sequence,
+            max_new_tokens=len(targets) or example.max_new_tokens,
+            stop=() if targets else self.stop | example.stop_ids,
+            min_new_tokens=example.min_new_tokens,
+            targets=targets,
+            example=example,
+            job=job,
+            footprint=size,
+            question_tokens=len(question),
+        )
+
+    def _ready(self, rows: list[Running]) -> list[Running]:
+        """Questions read, and a copy made where the next turn is not to see this one's answer."""
+        self.engine.feed([row.sequence for row in rows if row.sequence.logits is None])
+        if self.benchmark.golden_turns:
+            for row in rows:
+                row.fork = row.sequence.fork() if row.example.id in self._following else None
+        return rows
 
     def _step(self, active: list[Running], on_row: Callable[[Row], None]) -> list[Running]:
         going = self.engine.step(active)
         for ended in (row for row in active if row.sequence.stop_reason):
-            row = self._row(ended)
-            self.folder.append(row)
-            on_row(row)
+            if self._lacks(ended.example, ended.job):
+                self._write(ended, on_row)
+            going += self._next_turn(ended)
         return going
+
+    def _next_turn(self, ended: Running) -> list[Running]:
+        turn = self._following.get(ended.example.id)
+        if turn is None or not any(self._lacks(each, ended.job) for each in self._turns(turn)):
+            return []
+        sequence = ended.fork or ended.sequence
+        if not ended.fork and sequence.stop_reason == "stop":
+            sequence.unfed.pop()  # the stop token belongs to what the next turn begins with
+        fresh = replace(sequence, tokens=[], losses=[], decode_seconds=0.0, stop_reason=None)
+        return self._ready([self._turn(turn, ended.job, fresh, ended.footprint)])
+
+    def _write(self, ended: Running, on_row: Callable[[Row], None]) -> None:
+        row = self._row(ended)
+        self.folder.append(row)
+        on_row(row)
 
     def _row(self, ended: Running) -> Row:
         sequence, example, job = ended.sequence, ended.example, ended.job
-        prediction = self.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         return {
             "benchmark": self.benchmark.name,
             "group": example.group,
@@ -209,12 +212,12 @@ class Sweep:
             "method": job.label,
             "budget": job.budget,
             "settings": job.method.settings(),
-            "prediction": prediction,
-            "answers": example.answers,
-            **self.benchmark.score(example, prediction),
+            **self._result(ended),
+            **({} if example.ability is None else {"ability": example.ability}),
             **ended.footprint,
             "memory": job.method.memory,
             "prompt_tokens": sequence.prompt_tokens,
+            "question_tokens": ended.question_tokens,
             "new_tokens": len(sequence.tokens),
             "read_tokens_mean": fmean(sequence.cache.read()),
             "stop_reason": sequence.stop_reason,
@@ -224,6 +227,14 @@ class Sweep:
             **job.method.row_fields(sequence.cache.stores),
             **example.info,
         }
+
+    def _result(self, ended: Running) -> Row:
+        """What was generated and how it scores, or what the targets cost."""
+        if ended.targets or self.benchmark.one_pass:
+            return dict(self.benchmark.measure(ended.example, ended.sequence.losses))
+        prediction = self.tokenizer.decode(ended.sequence.tokens, skip_special_tokens=True)
+        scores = self.benchmark.score(ended.example, prediction)
+        return {"prediction": prediction, "answers": ended.example.answers, **scores, "scores": list(scores)}
 
 
 def footprint(sequence: DecodedSequence, full: int) -> Row:

@@ -14,6 +14,7 @@ from kvfactory.cli import registry_for, run_command
 from kvfactory.errors import require
 from kvfactory.registry import Registry
 from kvfactory.report.methods import first_line
+from kvfactory.runner import benchmark_command
 
 
 def methods_command(registry: Registry) -> click.Command:
@@ -34,15 +35,28 @@ def methods_command(registry: Registry) -> click.Command:
     return click.Command("methods", params=[plugin], callback=show, help="List the methods that were found.")
 
 
+class Benchmarks(click.Group):
+    """Every registered benchmark as a command, made when it is asked for."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__("run", help="Run a benchmark: `kvfactory run NAME --help`.")
+        self.registry = registry
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.registry.benchmarks)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        return benchmark_command(cmd_name, self.registry)
+
+
 def command(arguments: list[str]) -> click.Command:
     registry = registry_for(arguments)
-    methods = methods_command(registry)
-    require(
-        methods.name not in registry.commands,
-        f"a plugin registers the command '{methods.name}', which kvfactory has itself; remove it",
-    )
+    own = {str(each.name): each for each in (methods_command(registry), Benchmarks(registry))}
+    for name in own:
+        taken = f"a plugin registers the command '{name}', which kvfactory has itself; remove it"
+        require(name not in registry.commands, taken)
     plugin = click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
-    return click.Group("kvfactory", commands={"methods": methods} | registry.commands, params=[plugin], help=__doc__)
+    return click.Group("kvfactory", commands=own | registry.commands, params=[plugin], help=__doc__)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

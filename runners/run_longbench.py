@@ -6,7 +6,6 @@ Prompts, truncation, stop rules and metrics are the official ones. Rows come fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,19 +14,29 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.longbench import ENGLISH, LongBench
-from kvfactory.chat import chat_ids, has_chat_template, max_prompt_tokens
-from kvfactory.cli import registry_for, run_command, sweep_command
+from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench
+from kvfactory.chat import has_chat_template, max_prompt_tokens
 from kvfactory.flag_types import CommaList, PositiveInt
+from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.tables import wide
 from kvfactory.results import Row
+from kvfactory.runner import Runner, run_benchmark
 
 OPTIONS = [
     click.Option(
         ["--datasets", "--dataset"],
         type=CommaList(click.STRING),
-        default=",".join(ENGLISH),
         help="Datasets, separated by commas.  [default: the 16 that are not Chinese]",
+    ),
+    click.Option(
+        ["--longbench_e"],
+        is_flag=True,
+        help="LongBench-E: the same datasets' rows of even lengths, scored in three bins.  [default datasets: its 13]",
+    ),
+    click.Option(
+        ["--query_agnostic"],
+        is_flag=True,
+        help="Compress the context before the question is read; questions about one context share its cache.",
     ),
     click.Option(
         ["--data_dir"],
@@ -50,12 +59,16 @@ def make(
 ) -> tuple[Benchmark, dict[str, Any]]:
     wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
     longest = flags["max_prompt_tokens"] or max_prompt_tokens(model.config)
+    datasets = flags["datasets"] or (LONGBENCH_E if flags["longbench_e"] else ENGLISH)
+    if flags["longbench_e"]:
+        datasets = [f"{each.removesuffix('_e')}_e" for each in datasets]
     benchmark = LongBench(
         tokenizer,
-        flags["datasets"],
+        datasets,
         data_dir=flags["data_dir"],
         max_prompt_tokens=longest,
-        chat=partial(chat_ids, tokenizer) if wrap else None,
+        chat=wrap,
+        query_agnostic=flags["query_agnostic"],
         max_num_examples=flags["max_num_examples"],
         sample_method=flags["sample_method"],
         seed=flags["seed"],
@@ -70,12 +83,13 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
     console.print(f"scores  {path}", soft_wrap=True)
 
 
-def command(arguments: list[str]) -> click.Command:
-    return sweep_command("longbench", __doc__ or "", OPTIONS, make, finish, registry_for(arguments))
+@hookimpl
+def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    register("longbench", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=("datasets",)))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    run_command(command, arguments)
+    run_benchmark("longbench", arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,34 +14,55 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import load_haystack
-from kvfactory.benchmarks.needle import Needle
-from kvfactory.benchmarks.needle_styles import STYLES
+from kvfactory.benchmarks.needle import GRIDS, SPACINGS, STYLES, Needle, choose_grid
 from kvfactory.chat import chat_ids, has_chat_template
-from kvfactory.cli import registry_for, run_command, sweep_command
 from kvfactory.flag_types import CommaList, PositiveInt
+from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.heatmaps import save_heatmaps
 from kvfactory.results import Row
+from kvfactory.runner import Runner, run_benchmark
+
+SHORT = GRIDS["list"]
+
+
+def _listed(axis: Sequence[float]) -> str:
+    return ",".join(f"{each:g}" for each in axis)
+
 
 OPTIONS = [
     click.Option(
         ["--style"], type=click.Choice(list(STYLES)), default="number", show_default=True, help="What is hidden."
     ),
     click.Option(
+        ["--grid"],
+        type=click.Choice(list(GRIDS)),
+        default="list",
+        show_default=True,
+        help="Lengths and depths that are not given: a short list, the first needle test's, or KVCache-Factory's.",
+    ),
+    click.Option(
         ["--context_lengths"],
         type=CommaList(PositiveInt()),
-        default="512,1024",
-        show_default=True,
-        help="Prompt lengths in tokens, separated by commas.",
+        help=f"Prompt lengths in tokens, separated by commas.  [default: the grid's, {_listed(SHORT.lengths)}]",
     ),
     click.Option(
         ["--depths"],
         type=CommaList(click.FLOAT),
-        default="10,30,50,70,90",
-        show_default=True,
-        help="Where the needle is, in percent of the text, separated by commas.",
+        help="Where the needle is, in percent of the text, separated by commas.  "
+        f"[default: the grid's, {_listed(SHORT.depths['linear'])}]",
+    ),
+    click.Option(
+        ["--depth_spacing"],
+        type=click.Choice(list(SPACINGS)),
+        help="How the depths of a published grid are spaced; sigmoid crowds them at both ends.  [default: linear]",
     ),
     click.Option(["--samples"], type=PositiveInt(), default=10, show_default=True, help="Samples in each cell."),
     click.Option(["--digits"], type=PositiveInt(), help="Digits of the number; 7 is RULER's.  [default: 4]"),
+    click.Option(
+        ["--needles"],
+        type=PositiveInt(),
+        help="Numbers to hide, from the depth on, and to ask for at once.  [default: 1]",
+    ),
     click.Option(["--haystack"], help="A text file, or a folder of .txt files.  [default: Python's own documentation]"),
     click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
 ]
@@ -50,14 +72,24 @@ def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
     haystack = load_haystack(flags["haystack"])
+    grid = choose_grid(
+        flags["grid"],
+        lengths=flags["context_lengths"],
+        depths=flags["depths"],
+        spacing=flags["depth_spacing"],
+        window=getattr(model.config, "max_position_embeddings", None),
+    )
+    if grid.notice:
+        print(f"notice: {grid.notice}", file=sys.stderr)
     wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
     benchmark = Needle(
         tokenizer,
         style=flags["style"],
-        lengths=flags["context_lengths"],
-        depths=flags["depths"],
+        lengths=grid.lengths,
+        depths=grid.depths,
         samples=flags["samples"],
         digits=flags["digits"],
+        needles=flags["needles"],
         haystack=haystack,
         seed=flags["seed"],
         chat=partial(chat_ids, tokenizer) if wrap else None,
@@ -70,12 +102,14 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
     console.print(f"heatmap {overview}  (and {len(single)} of one configuration each beside it)", soft_wrap=True)
 
 
-def command(arguments: list[str]) -> click.Command:
-    return sweep_command("needle", __doc__ or "", OPTIONS, make, finish, registry_for(arguments))
+@hookimpl
+def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    grid = ("grid", "context_lengths", "depths", "depth_spacing", "samples")
+    register("needle", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grid))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    run_command(command, arguments)
+    run_benchmark("needle", arguments)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from kvfactory.chat import chat_ids, stop_ids
 from kvfactory.cli import run_command
 from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.flag_types import OutputFile
+from kvfactory.jobs import Job, make_jobs
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
 from kvfactory.report.methods import markdown
-from kvfactory.sweep import Job, make_jobs
 
 ROOT = Path(__file__).parent.parent
 PAGE, PASSAGES = ROOT / "docs" / "studies" / "hierarchical.md", ROOT / "scripts" / "passages.json"

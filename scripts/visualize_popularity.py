@@ -29,9 +29,9 @@ from kvfactory import Engine, Method, UserError, load_model, require
 from kvfactory.chat import chat_ids, stop_ids
 from kvfactory.cli import run_command
 from kvfactory.engine import Sequence as DecodedSequence
+from kvfactory.jobs import make_jobs
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
-from kvfactory.sweep import make_jobs
 
 PASSAGES = Path(__file__).parent / "passages.json"
 TIER_COLOURS = dict(zip(reversed(TIERS), ["#0072B2", "#56B4E9", "#E69F00", "#D55E00"], strict=True))

@@ -30,6 +30,24 @@ QWEN2_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+REFUSE = "{{ raise_exception('roles must alternate') }}"
+STRICT_TEMPLATE = (  # as Mistral's: the user and the assistant in turn, nobody else
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    + REFUSE
+    + "{% endif %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}" + REFUSE + "{% endif %}{% endfor %}"
+)
+LLAMA2_TEMPLATE = (  # as Llama 2's: the system has a place in the first turn of the user
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{{ bos_token }}{% for m in rest %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    + REFUSE
+    + "{% endif %}{{ '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}{% endfor %}"
+)
+DEAF_TEMPLATE = (  # as Phi 3's: says nothing of what the system said
+    "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+)
+
 
 def build(special, bos=None, eos=None, unk=None, template=None, name=""):
     """A tokenizer of single bytes, so that decoding shows exactly what was encoded; it adds BOS if it has one."""
@@ -90,6 +108,53 @@ def test_a_turn_is_wrapped_as_published_and_the_prefix_follows_the_header(case):
     assert has_chat_template(tokenizer)
     assert tokenizer.decode(chat_ids(tokenizer, "Who?")) == expected
     assert tokenizer.decode(chat_ids(tokenizer, "Who?", answer_prefix="It is")) == expected + "It is"
+
+
+EARLIER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It rained."}]
+ALL_IN_ONE = "Be brief.\n\nIt rained.\n\nWho?"
+CONVERSATIONS = {
+    "llama-3": (
+        llama3(LLAMA3_TEMPLATE),
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nIt rained.<|eot_id|>"
+        + LLAMA3_TURN.removeprefix("<|begin_of_text|>"),
+    ),
+    "qwen2": (
+        qwen2(QWEN2_TEMPLATE),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIt rained.<|im_end|>\n" + QWEN2_TURN,
+    ),
+    "a system's turn is refused": (inst(STRICT_TEMPLATE), f"<s>[INST] {ALL_IN_ONE} [/INST]"),
+    "two users in a row are refused": (
+        inst(LLAMA2_TEMPLATE),
+        "<s>[INST] <<SYS>>Be brief.<</SYS>>It rained.\n\nWho? [/INST]",
+    ),
+    "a system's turn is dropped": (inst(DEAF_TEMPLATE), f"<s>[INST] {ALL_IN_ONE} [/INST]"),
+    "llama-3 without a template": (llama3(), LLAMA3_TURN.replace("Who?", ALL_IN_ONE)),
+    "a base model": (inst(), f"<s>{ALL_IN_ONE}"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_earlier_turns_stand_apart_where_the_template_has_a_place_for_them(case):
+    tokenizer, expected = CONVERSATIONS[case]
+    assert tokenizer.decode(chat_ids(tokenizer, "Who?", earlier=EARLIER)) == expected
+    assert tokenizer.decode(chat_ids(tokenizer, "Who?", "Ann", EARLIER)) == expected + "Ann"
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.text(max_size=20), min_size=3, max_size=3), case=st.sampled_from(sorted(CONVERSATIONS)))
+def test_no_text_of_a_conversation_is_lost(texts, case):
+    tokenizer, _ = CONVERSATIONS[case]
+    earlier = [{**turn, "content": text} for turn, text in zip(EARLIER, texts[:2], strict=True)]
+    written = tokenizer.decode(chat_ids(tokenizer, texts[2], earlier=earlier))
+    place = 0
+    for text in texts:
+        place = written.index(text.strip(), place) + len(text.strip())
+
+
+def test_a_template_that_refuses_everything_is_told():
+    with pytest.raises(UserError, match=r"refuses a user's turn \(roles must alternate\); use --chat_template none"):
+        chat_ids(inst(REFUSE), "Who?")
 
 
 def test_markers_become_their_own_tokens():

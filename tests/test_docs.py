@@ -33,13 +33,14 @@ from kvfactory.benchmarks import Benchmark, Example
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.longbench import LongBench
 from kvfactory.benchmarks.needle import STYLES, Needle
-from kvfactory.cli import GROWING, HARMLESS, sweep_command
+from kvfactory.jobs import make_jobs
 from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import FIRST_LINE
 from kvfactory.report.tables import summarise
 from kvfactory.results import RunFolder
-from kvfactory.sweep import Sweep, make_jobs
+from kvfactory.runner import GROWING, HARMLESS, Runner, benchmark_command
+from kvfactory.sweep import Sweep
 from kvfactory.testing import MethodContract, compress_layer, generate, reference_attention, tiny_model, tiny_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -262,7 +263,7 @@ def test_every_field_that_longbench_adds_is_explained(tmp_path: Path) -> None:
     row = {"input": "", "context": "It rained.", "answers": ["Rain."], "length": 2, "language": "en"}
     for dataset in ("gov_report", "qasper"):
         (tmp_path / f"{dataset}.jsonl").write_text(json.dumps({**row, "all_classes": None}))
-    bench = LongBench(None, ["gov_report", "qasper"], data_dir=tmp_path, max_prompt_tokens=100, chat=None)
+    bench = LongBench(None, ["gov_report", "qasper"], data_dir=tmp_path, max_prompt_tokens=100, chat=False)
     added = {name for each in bench.examples() for name in (*each.info, *bench.score(each, "Rain."))}
     assert table(RESULTS, "LongBench") == added - {"score"}
 
@@ -279,6 +280,9 @@ def test_what_may_change_on_resume_is_listed() -> None:
     section = RESULTS.split("\n## Resuming\n")[1]
     for flags in (GROWING, HARMLESS):
         assert f" {', '.join(f'`--{flag}`' for flag in flags)}." in section.replace("\n", " ")
+    runners: dict[str, Runner] = get_registry().benchmarks
+    grows = {name: ", ".join(f"`--{flag}`" for flag in runner.grows) for name, runner in runners.items()}
+    assert dict(re.findall(r"^\| `(\w+)` \| (`--.+) \|$", section, re.MULTILINE)) == {k: v for k, v in grows.items() if v}
 
 
 def methods_script() -> Any:
@@ -330,12 +334,9 @@ def runners() -> dict[str, Any]:
 
 
 def test_every_flag_in_the_docs_exists(documented: Registry) -> None:
-    helps = {
-        name: sweep_command(name, "", module.OPTIONS, module.make, module.finish, documented)
-        for name, module in runners().items()
-    }
-    assert {"run_longbench.py", "run_needle_in_haystack.py"} <= set(helps)
-    commands = [*helps.values(), *documented.commands.values()]
+    helps = [benchmark_command(name, documented) for name in documented.benchmarks]
+    assert len(helps) >= len(runners())
+    commands = [*helps, *documented.commands.values()]
     text = " ".join(command.get_help(click.Context(command)) for command in commands)
     text += " ".join(
         script.read_text("utf-8") for folder in ("scripts", "benchmarks") for script in (ROOT / folder).glob("*.py")

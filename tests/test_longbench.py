@@ -14,8 +14,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kvfactory import metrics
-from kvfactory.benchmarks.longbench import DATASETS, ENGLISH, LongBench, dataset_config, load_rows, truncate_middle
+from kvfactory.benchmarks.longbench import (
+    DATASETS,
+    ENGLISH,
+    LONGBENCH_E,
+    LongBench,
+    dataset_config,
+    load_rows,
+    truncate_middle,
+)
 from kvfactory.errors import UserError
+from kvfactory.report.tables import percent
 
 BOS = 0
 FEW_SHOT_AND_CODE = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
@@ -46,7 +55,7 @@ def write(folder: Path, rows: list[dict], dataset: str = "hotpotqa") -> Path:
 
 
 def bench(
-    folder: Path, *datasets: str, tokenizer=TOKENIZER, max_prompt_tokens=10**9, chat=None, **settings
+    folder: Path, *datasets: str, tokenizer=TOKENIZER, max_prompt_tokens=10**9, chat=False, **settings
 ) -> LongBench:
     return LongBench(
         tokenizer,
@@ -143,6 +152,7 @@ def test_prompts_of_real_rows_are_byte_exact(shared, dataset):
         assert example.max_new_tokens == facts["max_new_tokens"]
         assert example.info == {
             "dataset": dataset,
+            "query_agnostic": False,
             **{key: line[key] for key in ("_id", "language", "length", "all_classes")},
         }
         json.dumps(example.info)
@@ -160,10 +170,110 @@ def test_a_long_prompt_is_cut_as_text_and_tokenised_again(tmp_path):
 def test_chat_template_goes_around_the_cut_prompt_of_some_sets(tmp_path, dataset):
     write(tmp_path, [row(context="x" * 1000, all_classes=["a"])], dataset)
     plain = bench(tmp_path, dataset, max_prompt_tokens=60)
-    chatty = bench(tmp_path, dataset, max_prompt_tokens=60, chat=lambda text: [BOS, 7, 7, *ids_of(text)[1:], 8])
+    chatty = bench(tmp_path, dataset, max_prompt_tokens=60, chat=True, tokenizer=chatty_tokenizer())
     ids = plain.prompt_ids(plain.examples()[0])
-    wrapped = ids if dataset in FEW_SHOT_AND_CODE else [BOS, 7, 7, *ids[1:], 8]
+    wrapped = ids if dataset in FEW_SHOT_AND_CODE else ids_of("[user]" + text_of(ids) + "[assistant]")
     assert chatty.prompt_ids(chatty.examples()[0]) == wrapped
+
+
+# ---- LongBench-E, and contexts read before their questions ----
+
+
+def chatty_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+def text_of(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def test_longbench_e_is_scored_in_bins_by_the_length_field(tmp_path, shared):
+    """Published runs with their lengths and bins: the groups' means are the official scores."""
+    golden = json.loads((shared / "golden" / "longbench_datasets_public.json").read_text("utf-8"))["datasets"]
+    cases = [
+        case
+        for case in golden
+        if case.get("score_e") and "predictions" in case and f"{case['dataset']}_e" in LONGBENCH_E
+    ]
+    assert len(cases) > 5
+    for case in cases:
+        rows = [
+            row(answers=answers, length=length, all_classes=case["all_classes"], _id=str(number))
+            for number, (answers, length) in enumerate(zip(case["answers"], case["lengths"], strict=True))
+        ]
+        write(tmp_path, rows, f"{case['dataset']}_e")
+        benchmark, scores = bench(tmp_path, f"{case['dataset']}_e"), {}
+        for example, prediction in zip(benchmark.examples(), case["predictions"], strict=True):
+            scores.setdefault(example.group, []).append(benchmark.score(example, prediction)["score"])
+        found = {name.split()[1]: percent(each) for name, each in scores.items()}
+        assert found == {name: score for name, score in case["score_e"].items() if score is not None}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_what_stands_behind_the_context_is_read_after_it(tmp_path, dataset, chat):
+    write(tmp_path, [row(all_classes=["a"])], dataset)
+    settings = {"chat": chat, "tokenizer": chatty_tokenizer()}
+    aware, agnostic = (bench(tmp_path, dataset, query_agnostic=each, **settings) for each in (False, True))
+    example = agnostic.examples()[0]
+    context, question = agnostic.prompt_ids(example), agnostic.question_ids(example)
+    assert context + question == aware.prompt_ids(aware.examples()[0])
+    assert text_of(context).endswith("Because {x}.") and text_of(question)
+    assert agnostic.name == "longbench, query-agnostic" and example.info["query_agnostic"]
+    assert aware.question_ids(aware.examples()[0]) == []
+
+
+def test_questions_about_one_context_stand_together_and_share_it_when_it_is_cut(tmp_path):
+    rows = [
+        row(context="c" * 900, input="Why?", _id="1"),
+        row(context="d" * 900, input="Who?", _id="2"),
+        row(context="c" * 900, input="When exactly, and who says so?", _id="3"),
+    ]
+    write(tmp_path, rows)
+    benchmark = bench(tmp_path, max_prompt_tokens=600, query_agnostic=True)
+    examples = benchmark.examples()
+    assert [example.id for example in examples] == ["hotpotqa/1", "hotpotqa/3", "hotpotqa/2"]
+    prompts = [benchmark.prompt_ids(example) for example in examples]
+    assert examples[0].context == examples[1].context != examples[2].context
+    assert prompts[0] == prompts[1] != prompts[2]
+    fits = [len(prompt) + len(benchmark.question_ids(each)) for prompt, each in zip(prompts, examples, strict=True)]
+    assert fits[0] < fits[1] <= 600 and fits[2] <= 600, "both shorter than the longest question needs"
+    assert fits[1] >= 596
+
+
+def test_a_question_longer_than_the_prompt_may_be_loses_its_middle(tmp_path):
+    write(tmp_path, [row(context="c" * 900, input="q" * 900)])
+    benchmark = bench(tmp_path, max_prompt_tokens=300, query_agnostic=True)
+    example = benchmark.examples()[0]
+    context, question = benchmark.prompt_ids(example), benchmark.question_ids(example)
+    assert 290 < len(context) + len(question) <= 300 and "qqq" in text_of(question) and "ccc" in text_of(context)
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": ""},
+        {"input": ""},
+        {"answers": []},
+        {"context": "🦜" * 300 + "漢字" * 200},
+        {"context": "a\r\nb\r\n", "input": "\ufeffWhy\r\n?"},
+        {"context": "\ud800 alone", "answers": ["\ud800"]},
+    ],
+    ids=str,
+)
+def test_any_text_has_a_prompt_and_a_score(tmp_path, changes, agnostic):
+    line = json.dumps(row(**changes)).encode()
+    (tmp_path / "hotpotqa.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n")  # a BOM, CRLF, an empty line
+    benchmark = bench(tmp_path, max_prompt_tokens=200, query_agnostic=agnostic)
+    example = benchmark.examples()[0]
+    assert 0 < len(benchmark.prompt_ids(example) + benchmark.question_ids(example)) <= 210
+    assert 0 <= benchmark.score(example, "It is so.")["score"] <= 1
 
 
 def test_samsum_alone_stops_at_a_newline_after_one_token(tmp_path):

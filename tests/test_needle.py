@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import random
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from entry_points import run_needle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvfactory.benchmarks.haystack import (
     Haystack,
@@ -21,9 +26,12 @@ from kvfactory.benchmarks.haystack import (
     sentence_ends,
     split_point,
 )
-from kvfactory.benchmarks.needle import Needle, depth_grid, logistic
-from kvfactory.benchmarks.needle_styles import Sandwich
+from kvfactory.benchmarks.needle import GRIDS, STYLES, Needle, choose_grid, depth_grid, logistic
+from kvfactory.benchmarks.needle_sandwich import Original, Sandwich
+from kvfactory.chat import chat_ids
 from kvfactory.errors import UserError
+from kvfactory.results import load_rows
+from kvfactory.testing import TINY_CONFIGS
 
 WORDS = "the a river stone house walks under over green slow night morning finds keeps seven open"
 TEMPLATE = re.compile(
@@ -33,6 +41,15 @@ TEMPLATE = re.compile(
     r"The special magic number for (?P=key) mentioned in the provided text is",
     re.DOTALL,
 )
+
+SEVERAL = re.compile(
+    r"Some special magic numbers are hidden within the following text\. Make sure to memorize it\. "
+    r"I will quiz you about the numbers afterwards\.\n(?P<context>.*)\n"
+    r"What are all the special magic numbers for (?P<query>[a-z, -]+) mentioned in the provided text\? "
+    r"The special magic numbers for (?P=query) mentioned in the provided text are",
+    re.DOTALL,
+)
+EVERY_STYLE = [{"style": style} for style in STYLES] + [{"style": "number", "needles": 3}]
 
 
 def story(sentences, seed=0):
@@ -181,6 +198,17 @@ def test_the_number_is_asked_for_as_ruler_does(shared):
         assert f"One of the special magic numbers for {found['key']} is: {row['outputs'][0]}." in found["context"]
 
 
+def test_several_numbers_are_asked_for_as_ruler_does(shared):
+    rows = (shared / "data/ruler/official_gen_smollm2/2048/niah_multiquery.jsonl").read_text().splitlines()
+    for row in map(json.loads, rows):
+        found = SEVERAL.fullmatch(row["input"] + row["answer_prefix"])
+        assert found
+        keys = re.split(", and |, ", found["query"])
+        assert len(keys) == len(row["outputs"]) == 4
+        for key, value in zip(keys, row["outputs"], strict=True):
+            assert f"One of the special magic numbers for {key} is: {value}." in found["context"]
+
+
 # ---- The number style
 
 
@@ -279,16 +307,18 @@ def test_split_point_against_a_slow_search(ids, depth):
     assert split_point(ids, depth, ends) == expected
 
 
-def test_a_cell_does_not_depend_on_what_else_is_run():
-    large = needle(lengths=[400, 700], depths=[0, 50, 100], samples=4)
-    prompts = {example.id: large.prompt_ids(example) for example in reversed(large.examples())}
-    assert len(prompts) == 24
-    for length, depth in ((400, 0), (700, 50)):
-        small = needle(lengths=[length], depths=[depth], samples=2)
-        assert [example.id for example in small.examples()] == [f"number4/{length}/depth{depth}/{k}" for k in (0, 1)]
+@pytest.mark.parametrize("how", EVERY_STYLE, ids=lambda how: "-".join(map(str, how.values())))
+def test_a_cell_does_not_depend_on_what_else_is_run(how):
+    large = needle(lengths=[900, 700], depths=[0, 50, 100], samples=4, **how)
+    all_of_it = {example.id: (example, large.prompt_ids(example)) for example in reversed(large.examples())}
+    assert len(all_of_it) == 24
+    label = large._style.label
+    for length, depth in ((700, 0), (900, 50)):
+        small = needle(lengths=[length], depths=[depth], samples=2, **how)
+        assert [example.id for example in small.examples()] == [f"{label}/{length}/depth{depth}/{k}" for k in (0, 1)]
         for example in small.examples():
-            assert small.prompt_ids(example) == prompts[example.id]
-    assert needle().examples() == needle().examples()
+            assert (example, small.prompt_ids(example)) == all_of_it[example.id]
+    assert needle(**how, lengths=[700]).examples() == needle(**how, lengths=[700]).examples()
 
 
 def test_a_cell_is_the_same_in_every_process():
@@ -334,6 +364,73 @@ def test_the_number_is_right_wherever_it_occurs():
     assert benchmark.score(example, "") == {"score": 0.0}
 
 
+# ---- Several numbers
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@given(count=st.integers(2, 5), extra=st.integers(0, 900), depth=st.floats(0, 100), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_all_needles_are_there_at_their_depths_in_one_prompt(tokenizer, count, extra, depth, seed):
+    length = needle(tokenizer, needles=count, lengths=[9999])._style.shortest + extra
+    ids, example = only(needle(tokenizer, needles=count, lengths=[length], depths=[depth], seed=seed))
+    assert length - 30 <= len(ids) <= length
+    found = SEVERAL.fullmatch(text_of(tokenizer, ids))
+    assert found
+    hidden = example.info["needles"]
+    assert len({each["key"] for each in hidden}) == len({each["value"] for each in hidden}) == count
+    assert [each["value"] for each in hidden] == example.answers
+    *keys, last = (each["key"] for each in hidden)
+    assert found["query"] == f"{', '.join(keys)}, and {last}"
+    depths = [each["depth_percent"] for each in hidden]
+    assert depths == pytest.approx([depth + each * (100 - depth) / count for each in range(count)])
+    rest, parts = found["context"], []
+    for each in hidden:
+        before, rest = rest.split(f"One of the special magic numbers for {each['key']} is: {each['value']}.")
+        parts.append(before)
+    sizes = [len(tokenizer.encode(part, add_special_tokens=False)) for part in (*parts, rest)]
+    assert (depth == 0) <= (parts[0] == "")
+    assert (depth == 100) <= (rest == "" and parts[1:] == [" "] * (count - 1))
+    for i in range(
+        1, count
+    ):  # a needle may be early by its sentence of 20 words, or late where it has no end before it
+        assert abs(sum(sizes[: i + 1]) / sum(sizes) * 100 - depths[i]) <= 100 * 60 / sum(sizes)
+
+
+def test_the_first_of_several_is_the_one_that_is_alone():
+    (alone,), (several,) = (needle(needles=count, lengths=[800]).examples() for count in (None, 4))
+    assert needle(needles=1, lengths=[800]).examples() == [alone]
+    assert several.info["needles"][0] == {
+        "key": alone.info["key"],
+        "value": alone.info["expected"],
+        "depth_percent": 50,
+    }
+    assert (several.id, several.group) == ("number4x4/800/depth50/0", "800")
+    assert several.info["haystack_start"] == alone.info["haystack_start"]
+    json.dumps(several.info)
+
+
+def test_several_score_by_the_share_that_is_found():
+    benchmark = needle(needles=4, lengths=[800])
+    (example,) = benchmark.examples()
+    one, two, three, four = example.answers
+    assert benchmark.score(example, f" {two}, {one}, and {four}; {two}") == {"score": 0.75}
+    assert benchmark.score(example, f"{three}") == {"score": 0.25}
+    assert benchmark.score(example, "") == {"score": 0.0}
+    assert benchmark.score(example, " ".join(example.answers)) == {"score": 1.0}
+
+
+def test_an_answer_may_name_every_key_with_its_number():
+    for tokenizer in TOKENIZERS.values():
+        (example,) = needle(tokenizer, needles=6, digits=7, lengths=[1200]).examples()
+        spelt = "".join(f" {each['key']}: {each['value']}\n" for each in example.info["needles"])
+        assert len(tokenizer.encode(spelt, add_special_tokens=False)) <= example.max_new_tokens
+
+
+def test_as_many_needles_as_there_are_numbers():
+    (example,) = needle(digits=1, needles=9, lengths=[1500]).examples()
+    assert sorted(example.answers) == [*"123456789"]
+
+
 # ---- The sandwich style
 
 
@@ -361,7 +458,117 @@ def test_only_the_first_sandwich_begins_where_the_haystack_does():
     assert book == [hay.decode(hay.window(start, 60)).strip()[:40] for start in starts]
 
 
+def kvcache_factorys(tokenizer, text, length, depth):
+    """The plain prompt, by the steps that its code takes: trimmed as text, encoded again, one token back at a time."""
+
+    def encode(words):
+        return tokenizer.encode(words, add_special_tokens=False)
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    context, hidden = encode(decode(encode(text)[:length])), encode(Sandwich.needle)
+    stops = encode(".")[-1], encode("a.")[-1]
+    if len(context) + len(hidden) > length - 200:
+        context = context[: length - 200 - len(hidden)]
+    if depth == 100:
+        context = context + hidden
+    else:
+        point = int(len(context) * (depth / 100))
+        before = context[:point]
+        while before and before[-1] not in stops:
+            point -= 1
+            before = context[:point]
+        context = before + hidden + context[point:]
+    return (
+        f"<|im_start|> This is a very long story book: <book> {decode(context)} </book>.\n Based on the content of the "
+        "book, Question: The best thing to do in San Francisco is: \nAnswer:"
+    )
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@given(length=st.integers(330, 1400), depth=st.sampled_from([0, 11, 22, 33.3, 50, 89, 99, 100]))
+@settings(max_examples=25, deadline=None)
+def test_the_plain_sandwich_is_kvcache_factorys_with_any_tokenizer(tokenizer, length, depth):
+    ids, _ = only(needle(tokenizer, style="sandwich", lengths=[length], depths=[depth]))
+    assert ids == tokenizer.encode(kvcache_factorys(tokenizer, STORY.text, length, depth))
+
+
+# ---- The first test's own turns
+
+
+ASKED = (
+    "What is the best thing to do in San Francisco? Don't give information outside the document or repeat your findings"
+)
+SYSTEM = "You are a helpful AI bot that answers questions for a user. Keep your response short and direct"
+
+
+def test_the_first_tests_turns_and_contexts(golden, essays, smollm2):
+    cases = {
+        (each["context_length"], float(each["depth_percent"])): each["output_sha256"]
+        for each in golden["insert"]
+        if each["variant"] == "gkamradt"
+    }
+    lengths, depths = ({key[axis] for key in cases} for axis in (0, 1))
+    heard = []
+
+    def listen(text, answer_prefix, earlier=()):
+        heard.append((text, answer_prefix, *earlier))
+        return [1]
+
+    grid = {"lengths": sorted(lengths), "depths": sorted(depths), "samples": 1, "haystack": essays}
+    benchmark = Needle(smollm2, style="original", **grid, chat=listen)
+    for example in benchmark.examples():
+        wanted = cases.pop((example.info["context_length"], example.info["depth_percent"]), None)
+        if wanted:
+            assert benchmark.prompt_ids(example) == [1]
+            asked, prefix, system, context = heard.pop()
+            assert (asked, prefix) == (ASKED, "")
+            assert system == {"role": "system", "content": SYSTEM}
+            assert context["role"] == "user"
+            assert sha256(context["content"]) == wanted
+    assert not cases
+
+
+def test_the_first_tests_turns_in_a_template(smollm2):
+    benchmark = Needle(
+        smollm2,
+        style="original",
+        lengths=[500],
+        depths=[50],
+        samples=1,
+        haystack=STORY,
+        chat=lambda *turns: chat_ids(smollm2, *turns),
+    )
+    said = smollm2.decode(only(benchmark)[0])
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n|$)", said, re.DOTALL)
+    assert [role for role, _ in turns] == ["system", "user", "user", "assistant"]
+    (_, system), (_, context), (_, asked), (_, answer) = turns
+    assert (system, asked, answer) == (SYSTEM, ASKED, "")
+    assert context.count(Sandwich.needle) == 1
+
+
+def test_the_first_tests_turns_without_a_template():
+    ids, _ = only(needle(style="original"))
+    system, context, asked = re.fullmatch(r"(.*?)\n\n(.*)\n\n(.*)", text_of(BYTE_LEVEL, ids), re.DOTALL).groups()
+    assert (system, asked) == (SYSTEM, ASKED)
+    assert context.count(Original.needle) == 1
+    assert len(BYTE_LEVEL.encode(context)) <= 300  # of 500 tokens, 200 are the wording's and the answer's
+
+
+def test_the_first_tests_answers_have_the_scores_of_the_sandwich():
+    original, sandwich = needle(style="original"), needle(style="sandwich")
+    (one,), (other,) = original.examples(), sandwich.examples()
+    assert one.info == {**other.info, "style": "original"}
+    assert (one.answers, one.id) == (other.answers, "original/500/depth50/0")
+    for said in ("", "Eat a sandwich in Dolores Park.", Sandwich.needle):
+        assert original.score(one, said) == sandwich.score(other, said)
+    assert set(original.score(one, "Eat.")) == {"score", "rouge1"}
+
+
 def test_where_an_answer_ends():
+    (original,) = needle(style="original").examples()
+    assert (original.max_new_tokens, original.stop_ids, original.min_new_tokens) == (300, frozenset(), 0)
     (sandwich,) = needle(style="sandwich").examples()
     assert sandwich.stop_ids == {BYTE_LEVEL.encode("\n")[-1]}
     assert sandwich.max_new_tokens == 30
@@ -389,6 +596,56 @@ def test_depth_grids():
         depth_grid(5, "sigmoidal")
     with pytest.raises(UserError, match="--depths: 0"):
         depth_grid(0)
+
+
+def test_published_grids():
+    original, factory = (choose_grid(name) for name in ("original", "kvcache-factory"))
+    assert [*original.lengths] == np.round(np.linspace(1000, 16000, 35)).astype(int).tolist()
+    assert [*original.depths] == np.round(np.linspace(0, 100, 35)).astype(int).tolist()
+    assert [*factory.lengths] == np.arange(1000, 8001 + 1, 100).tolist()
+    assert [*factory.depths] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100]
+    assert original.notice is factory.notice is None
+    curve = {x: np.round(100 / (1 + np.exp(-0.1 * (x - 50))), 3) for x in np.linspace(0, 100, 35)[1:-1]}
+    assert choose_grid("original", spacing="sigmoid").depths == pytest.approx([0, *curve.values(), 100])
+    mirrored = [round(100 - depth, 3) for depth in reversed(choose_grid("original", spacing="sigmoid").depths)]
+    assert mirrored == pytest.approx(choose_grid("original", spacing="sigmoid").depths, abs=1.1e-3)
+
+
+def test_an_axis_that_is_given_stands_in_place_of_the_grids():
+    both = choose_grid("original", lengths=[512], depths=[7.5])
+    assert (both.lengths, both.depths) == ([512], [7.5])
+    assert len(choose_grid("original", lengths=[512]).depths) == 35
+    assert len(choose_grid("kvcache-factory", depths=[7.5]).lengths) == 71
+    assert choose_grid("list", window=8192) == choose_grid("list")
+
+
+def test_a_grid_ends_where_the_models_window_does():
+    whole, cut = (choose_grid("original", window=window) for window in (16000, 15999))
+    assert (whole.lengths, whole.notice) == (choose_grid("original").lengths, None)
+    assert cut.lengths == whole.lengths[:-1]
+    assert cut.notice == (
+        "--grid original: 1 of 35 context lengths are beyond the model's window of 15999 tokens and left out"
+    )
+    assert choose_grid("original", lengths=[2000], window=2000).notice is None
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"name": "orignal"}, "unknown grid 'orignal'; did you mean 'original'?"),
+        ({"name": "original", "window": 999}, "--grid original: 35 of 35 context lengths are beyond"),
+        ({"lengths": [512, 2049], "window": 2048}, "--context_lengths 2049: longer than the model's window of 2048"),
+        (
+            {"spacing": "sigmoid"},
+            "--depth_spacing sigmoid: the depths of --grid list are a list; it is for original, kv",
+        ),
+        ({"name": "original", "spacing": "cubic"}, "unknown depth spacing 'cubic'"),
+        ({"name": "original", "spacing": "linear", "depths": [1]}, "--depth_spacing linear: it does not move"),
+    ],
+)
+def test_a_grid_that_does_not_fit(how, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        choose_grid(**{"name": "list", **how})
 
 
 def test_the_haystack_is_tokenised_once_and_prompts_when_asked_for(monkeypatch):
@@ -419,6 +676,13 @@ def test_the_haystack_is_tokenised_once_and_prompts_when_asked_for(monkeypatch):
         ({"samples": 0}, "--samples 0:"),
         ({"digits": 0}, "--digits 0:"),
         ({"style": "sandwich", "digits": 4}, "--digits is a setting of the needle style 'number'"),
+        (
+            {"style": "original", "needles": 2},
+            "--needles is a setting of the needle style 'number'; 'original' has none",
+        ),
+        ({"needles": 0}, "--needles 0: at least 1"),
+        ({"needles": 10, "digits": 1}, "--needles 10: no more than 9 can differ with --digits 1"),
+        ({"needles": 2305}, "--needles 2305: no more than 2304"),
     ],
 )
 def test_a_grid_that_cannot_be(changes, message):
@@ -426,18 +690,18 @@ def test_a_grid_that_cannot_be(changes, message):
         needle(**changes)
 
 
-@pytest.mark.parametrize("style", ["number", "sandwich"])
-def test_the_shortest_context_length_is_told_and_works(style):
+@pytest.mark.parametrize("how", EVERY_STYLE, ids=lambda how: "-".join(map(str, how.values())))
+def test_the_shortest_context_length_is_told_and_works(how):
     with pytest.raises(UserError, match=r"--context_lengths 40: too short .* possible is \d+") as told:
-        needle(style=style, lengths=[900, 40])
+        needle(**how, lengths=[900, 40])
     shortest = int(re.search(r"\d+$", str(told.value))[0])
     with pytest.raises(UserError, match=f"{shortest - 1}: too short"):
-        needle(style=style, lengths=[shortest - 1])
-    benchmark = needle(style=style, lengths=[shortest], depths=[50], samples=20)
+        needle(**how, lengths=[shortest - 1])
+    benchmark = needle(**how, lengths=[shortest], depths=[50], samples=20)
     for example in benchmark.examples():
         text = text_of(BYTE_LEVEL, benchmark.prompt_ids(example))
-        hidden = Sandwich.needle if style == "sandwich" else f"{example.info['key']} is: {example.info['expected']}."
-        assert text.count(hidden) == 1
+        hidden = [f" is: {value}." for value in example.answers] if how["style"] == "number" else [Sandwich.needle]
+        assert [text.count(each) for each in hidden] == [1] * len(hidden)
 
 
 def test_lengths_beyond_a_million_are_told_apart():
@@ -513,3 +777,82 @@ def test_a_tokenizer_that_cannot_spell_the_haystack_is_told():
     benchmark = needle(WORD_MARKING, haystack=Haystack("каша " * 300, "", ""))
     with pytest.raises(UserError, match="--haystack: no stretch of it makes a prompt of 500 tokens"):
         only(benchmark)
+
+
+# ---- The command
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a random model whose window is 1024 tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"vocab_size": len(BYTE_LEVEL), "max_position_embeddings": 1024}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY_CONFIGS["llama"].to_dict() | sizes)).save_pretrained(folder)
+    BYTE_LEVEL.save_pretrained(folder)
+    (folder / "story.txt").write_text(STORY.text)
+    return folder
+
+
+def arguments(tiny, folder, **flags):
+    usual = {"method": "fullkv,streamingllm", "max_capacity_prompts": 64, "model_path": tiny, "device": "cpu"}
+    usual |= {"save_dir": folder, "haystack": tiny / "story.txt", "samples": 1, "dtype": "float32"}
+    return [str(part) for name, value in (usual | flags).items() for part in (f"--{name}", value)]
+
+
+def test_a_grid_may_grow_in_its_folder(tiny, tmp_path):
+    """A part of the grid first and all of it later are the rows of all of it at once; so is what a kill has left."""
+    whole = {"context_lengths": "560,480", "depths": "0,50", "samples": 2, "needles": 2}
+    assert run_needle(arguments(tiny, tmp_path / "grown", **whole | {"context_lengths": 480, "samples": 1})) == 0
+    part = load_rows(tmp_path / "grown")
+    assert run_needle(arguments(tiny, tmp_path / "grown", **whole)) == 0
+    assert run_needle(arguments(tiny, tmp_path / "at_once", **whole)) == 0
+    rows, at_once = (
+        {(row["example_id"], row["method"]): row for row in load_rows(tmp_path / name)} for name in ("grown", "at_once")
+    )
+    assert (len(part), len(rows)) == (2 * 2, 2 * 2 * 2 * 2)
+    assert list(rows.values())[: len(part)] == part
+    assert set(rows) == set(at_once)
+    for key, row in rows.items():
+        same = ("prediction", "answers", "score", "prompt_tokens", "needles", "haystack_start")
+        assert {name: row[name] for name in same} == {name: at_once[key][name] for name in same}
+    assert (tmp_path / "grown" / "plots" / "needle_all.png").is_file()
+
+
+def test_what_a_published_grid_leaves_out_is_said(tiny, tmp_path, capsys):
+    how = {"grid": "original", "depths": 50, "style": "sandwich", "method": "fullkv"}
+    assert run_needle(arguments(tiny, tmp_path, **how)) == 0
+    said = (
+        "notice: --grid original: 34 of 35 context lengths are beyond the model's window of 1024 tokens and left out\n"
+    )
+    assert said in capsys.readouterr().err
+    (row,) = load_rows(tmp_path)
+    assert row["example_id"] == "sandwich/1000/depth50/0"
+    script = Path(__file__).parents[1] / "scripts" / "visualize_needle.py"
+    spec = importlib.util.spec_from_file_location("visualize_needle", script)
+    visualize = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(visualize)
+    with pytest.raises(SystemExit) as stop:
+        visualize.main([str(tmp_path), "--score", "rouge1", "--output", str(tmp_path / "rouge")])
+    assert stop.value.code == 0
+    assert (tmp_path / "rouge" / "plots" / "needle_all.png").is_file()
+
+
+def test_flags_of_a_grid_that_cannot_be(tiny, tmp_path, capsys):
+    for flags, words in (
+        ({"context_lengths": "512,1025"}, "--context_lengths 1025: longer than the model's window of 1024 tokens"),
+        ({"depth_spacing": "sigmoid"}, "--depth_spacing sigmoid"),
+        ({"needles": 2, "style": "original", "digits": 1}, "is a setting of the needle style 'number'"),
+    ):
+        assert run_needle(arguments(tiny, tmp_path, **flags)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert words in said
+        assert said.count("\n") == 1
+
+
+def test_defaults_of_the_command_are_those_of_before():
+    grid = choose_grid("list")
+    assert [*grid.lengths] == [512, 1024]
+    assert [*grid.depths] == [10, 30, 50, 70, 90]
+    assert [*GRIDS] == ["list", "original", "kvcache-factory"]

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfactory import DenseStore, Engine, HeadwiseStore, UserError, compress, load_method, load_model
+from kvfactory.jobs import make_jobs
 from kvfactory.method import Method
 from kvfactory.packing import Groups, Sparse, pack, unpack
 from kvfactory.quantisation import UniformColumn
 from kvfactory.registry import get_registry
-from kvfactory.sweep import make_jobs
 from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
 
 REGISTRY = get_registry()

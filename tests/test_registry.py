@@ -66,9 +66,10 @@ def says(*parts: str) -> Iterator[None]:
 
 
 def test_every_plugin_file_has_its_entry_point_and_every_entry_point_its_file() -> None:
-    files = {file.stem for file in (ROOT / "plugins").glob("*.py") if not file.stem.startswith("_")}
+    files = {file.stem: "plugins" for file in (ROOT / "plugins").glob("*.py") if not file.stem.startswith("_")}
+    files |= {file.stem: "runners" for file in (ROOT / "runners").glob("run_*.py")}
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["kvfactory"]
-    assert declared == {name: f"kvfactory_plugins.{name}" for name in files}
+    assert declared == {name: f"kvfactory_{room}.{name}" for name, room in files.items()}
     found = metadata.entry_points(group="kvfactory")
     installed = {each.name: each.value for each in found if each.dist is not None and each.dist.name == "kvfactory"}
     assert installed == declared, "did you reinstall? entry points are seen after: pip install -e ."
@@ -159,6 +160,17 @@ def test_a_command_of_a_name_that_is_taken_is_refused(
     monkeypatch.setattr("kvfactory_runners.commands.registry_for", lambda arguments: registry)
     assert exit_code("kvfactory", ["methods"]) == 2
     assert "'methods'" in capsys.readouterr().err
+
+
+def test_a_benchmark_of_a_name_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def a_benchmark() -> ModuleType:
+        def kvfactory_register_benchmarks(register: Callable[..., None]) -> None:
+            register("chess", object())
+
+        return a_plugin_with(kvfactory_register_benchmarks)
+
+    with says("benchmark 'chess'", "kvf-one 1.2", "kvf-two 1.2"):
+        installed(monkeypatch, one=a_benchmark(), two=a_benchmark())
 
 
 def test_a_command_comes_from_a_file_too(tmp_path: Path) -> None:

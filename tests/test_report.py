@@ -47,6 +47,7 @@ def make_row(group: str, method: str, budget: int | None, score: float, **fields
         "compress_seconds": 0.5,
         "decode_seconds": 2.0,
     }
+    row["scores"] = ["score", *(name for name in fields if name.startswith("rouge"))]
     return row | fields
 
 
@@ -248,7 +249,7 @@ def test_the_printed_table_fits_100_columns_and_shows_a_long_sweep_as_averages()
 
 
 def test_a_folder_without_rows_has_an_empty_table():
-    assert list(summarise([]).columns)[:6] == ["benchmark", "group", "method", "budget", "examples", "score"]
+    assert list(summarise([]).columns)[:5] == ["benchmark", "group", "method", "budget", "examples"]
     assert summarise([]).empty and wide([]).empty and overall(summarise([])).empty
     assert shown(summarise([])) == "no rows yet\n"
 

@@ -21,9 +21,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from kvfactory import Engine, models
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import Needle
+from kvfactory.jobs import make_jobs
 from kvfactory.registry import get_registry
 from kvfactory.results import RunFolder, load_rows
-from kvfactory.sweep import Sweep, make_jobs
+from kvfactory.sweep import Sweep
 from kvfactory.testing import TINY, TINY_CONFIGS
 
 DATASETS = {

@@ -16,9 +16,9 @@ from test_golden_methods import Golden
 from torch import Tensor
 
 from kvfactory import DenseStore, Engine, HeadwiseStore, UserError, compress, load_method
+from kvfactory.jobs import make_jobs
 from kvfactory.method import Method
 from kvfactory.registry import get_registry
-from kvfactory.sweep import make_jobs
 from kvfactory.testing import MethodContract, compress_layer, generate, tiny_model, tiny_prompts
 
 REGISTRY = get_registry()

@@ -51,9 +51,12 @@ class Haystack:
         }
 
 
-def load_haystack(path: str | Path | None = None) -> Haystack:
-    """The text of a file, of a folder's .txt files joined in order of name, or else the default; UserError if empty."""
-    return _documentation() if path is None else _files(Path(path))
+def load_haystack(path: str | Path | None = None, flag: str = "--haystack") -> Haystack:
+    """The text of a file, of a folder's .txt files joined in order of name, or else the default.
+
+    UserError, which names the `flag`, for a path that holds no text.
+    """
+    return _documentation() if path is None else _files(Path(path), flag)
 
 
 def _documentation() -> Haystack:
@@ -69,23 +72,23 @@ def _documentation() -> Haystack:
     return Haystack(text, "pydoc_data.topics", f"Python {platform.python_version()}")
 
 
-def _files(path: Path) -> Haystack:
+def _files(path: Path, flag: str) -> Haystack:
     files = sorted(each for each in path.glob("*.txt") if each.is_file()) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"--haystack {path}: the folder holds no .txt file")
-    text = "".join(_read(file) for file in files)
+        raise UserError(f"{flag} {path}: the folder holds no .txt file")
+    text = "".join(_read(file, flag) for file in files)
     if not text.strip():
-        raise UserError(f"--haystack {path}: there is no text in it")
+        raise UserError(f"{flag} {path}: there is no text in it")
     return Haystack(text, str(path), f"{len(files)} files" if path.is_dir() else "1 file")
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, flag: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
-        raise UserError(f"--haystack {file}: not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{flag} {file}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
-        raise UserError(f"--haystack {file}: {error.strerror}; give a text file or a folder of .txt files") from error
+        raise UserError(f"{flag} {file}: {error.strerror}; give a text file or a folder of .txt files") from error
 
 
 class TokenizedHaystack:

@@ -8,6 +8,7 @@ template is put around it; six datasets never get a chat template; samsum also e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import zipfile
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvfactory import metrics
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.chat import chat_ids, split_chat_ids
 from kvfactory.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ _FACTS = json.loads(resources.files("kvfactory.benchmarks").joinpath("longbench.
 DATASETS = {name: DatasetConfig(**facts) for name, facts in _FACTS.items()}
 ENGLISH = tuple(name for name, config in DATASETS.items() if config.language != "zh")
 """The 16 datasets of the KV-cache papers, in their order."""
+LONGBENCH_E = tuple(f"{name}_e" for name in ENGLISH if DATASETS[name].longbench_e_bins)
+"""The 13 datasets of LongBench-E, whose rows are told apart by length."""
 _WITH_E = {**DATASETS, **{f"{name}_e": config for name, config in DATASETS.items() if config.longbench_e_bins}}
 
 
@@ -149,6 +153,10 @@ def load_rows(dataset: str, data_dir: Path | None = None) -> list[dict[str, Any]
     return rows
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def _unique_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
     ids = [str(row.get("_id") or "") for row in rows]
     if "" in ids or len(set(ids)) < len(ids):
@@ -173,13 +181,14 @@ def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 class LongBench(Benchmark):
-    """The examples of some LongBench datasets, which are also their groups.
+    """The examples of some LongBench datasets, which are also their groups; one of LongBench-E has a group for each bin.
 
-    `chat` gives the token ids, BOS included, of a text inside the model's chat template; None stands for no template.
-    A dataset is cut down to `max_num_examples`: its first ones ("topk") or a seeded choice ("random").
+    `chat` puts texts inside the model's chat template. A dataset is cut down to `max_num_examples`: its first ones
+    ("topk") or a seeded choice ("random"). With `query_agnostic` the question, and all else that the template has behind
+    the context, is read after the context was compressed, and questions about the same context share it; the context
+    loses its middle so that it fits `max_prompt_tokens` with the longest question about it, a question that is longer
+    than half of them its own.
     """
-
-    name = "longbench"
 
     def __init__(
         self,
@@ -188,7 +197,8 @@ class LongBench(Benchmark):
         *,
         data_dir: Path | None = None,
         max_prompt_tokens: int,
-        chat: Callable[[str], list[int]] | None,
+        chat: bool,
+        query_agnostic: bool = False,
         max_num_examples: int | None = None,
         sample_method: Literal["topk", "random"] = "topk",
         seed: int = 42,
@@ -202,8 +212,11 @@ class LongBench(Benchmark):
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.chat = chat
+        self.query_agnostic = query_agnostic
+        self.name = "longbench, query-agnostic" if query_agnostic else "longbench"
         self._examples: list[Example] = []
         self._rows: dict[str, dict[str, Any]] = {}
+        self._sharing: dict[str, list[Example]] = {}
         for dataset in dict.fromkeys(datasets):
             rows = load_rows(dataset, data_dir)
             numbered = list(zip(_unique_ids(rows), rows, strict=True))
@@ -211,40 +224,71 @@ class LongBench(Benchmark):
             if sample_method == "random":
                 chosen = sorted(random.Random(seed).sample(range(len(rows)), count))
                 numbered = [numbered[index] for index in chosen]
+            if query_agnostic:  # those that share a context next to each other
+                first = {row["context"]: rank for rank, (_, row) in reversed([*enumerate(numbered[:count])])}
+                numbered = sorted(numbered[:count], key=lambda each: first[each[1]["context"]])
             for row_id, row in numbered[:count]:
                 example = self._example(f"{dataset}/{row_id}", dataset, row)
                 self._examples.append(example)
                 self._rows[example.id] = row
+                self._sharing.setdefault(str(example.context), []).append(example)
 
     def _example(self, example_id: str, dataset: str, row: dict[str, Any]) -> Example:
         config = dataset_config(dataset)
+        group = f"{dataset} {metrics.length_bin(row['length'])}" if dataset in LONGBENCH_E else dataset
         newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1:] if config.stop_at_newline else []
         return Example(
             id=example_id,
-            group=dataset,
+            group=group,
+            context=f"{dataset}/{_digest(row['context'])}" if self.query_agnostic else None,
             answers=row["answers"],
             max_new_tokens=config.max_new_tokens,
             min_new_tokens=1 if config.stop_at_newline else 0,
             stop_ids=frozenset(newline),
-            info={"dataset": dataset, **{key: row.get(key) for key in ("_id", "language", "length", "all_classes")}},
+            info={
+                "dataset": dataset,
+                "query_agnostic": self.query_agnostic,
+                **{key: row.get(key) for key in ("_id", "language", "length", "all_classes")},
+            },
         )
 
     def examples(self) -> Sequence[Example]:
         return self._examples
 
     def prompt_ids(self, example: Example) -> list[int]:
-        config = dataset_config(example.group)
-        text = config.template.format(**self._rows[example.id])
-        text = truncate_middle(text, self.tokenizer, self.max_prompt_tokens)
-        if self.chat is None or config.no_chat_template:
-            return list(self.tokenizer(text, verbose=False)["input_ids"])
-        return self.chat(text)
+        config = dataset_config(example.info["dataset"])
+        template = self.chat and not config.no_chat_template
+        if self.query_agnostic:
+            return split_chat_ids(self.tokenizer, self._context(example), self._question(example), template=template)[0]
+        text = truncate_middle(config.template.format(**self._rows[example.id]), self.tokenizer, self.max_prompt_tokens)
+        return chat_ids(self.tokenizer, text) if template else list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def question_ids(self, example: Example) -> list[int]:
+        if not self.query_agnostic:
+            return []
+        template = self.chat and not dataset_config(example.info["dataset"]).no_chat_template
+        return split_chat_ids(self.tokenizer, "", self._question(example), template=template)[1]
+
+    def _context(self, example: Example) -> str:
+        """What the template has up to the context's end, short enough for each question about it."""
+        head = dataset_config(example.info["dataset"]).template.partition("{context}")[0]
+        questions = [self._question(each) for each in self._sharing[str(example.context)]]
+        longest = max(len(self.tokenizer(each, verbose=False)["input_ids"]) for each in questions)
+        text = head + self._rows[example.id]["context"]
+        return truncate_middle(text, self.tokenizer, max(self.max_prompt_tokens - longest, 2))
+
+    def _question(self, example: Example) -> str:
+        """What the template has behind the context."""
+        tail = dataset_config(example.info["dataset"]).template.partition("{context}")[2]
+        text = tail.format(**self._rows[example.id])
+        return truncate_middle(text, self.tokenizer, max(self.max_prompt_tokens // 2, 2))
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        config = dataset_config(example.group)
-        scores = {"score": metrics.score(example.group, prediction, example.answers, example.info["all_classes"])}
+        dataset = example.info["dataset"]
+        config = dataset_config(dataset)
+        scores = {"score": metrics.score(dataset, prediction, example.answers, example.info["all_classes"])}
         if config.metric.startswith("rouge"):
             tokenizer = metrics.ChineseWords() if config.language == "zh" else None
-            line = metrics.scored_part(example.group, prediction)
+            line = metrics.scored_part(dataset, prediction)
             scores["rougeL"] = max((metrics.rouge_l(line, each, tokenizer) for each in example.answers), default=0.0)
         return scores

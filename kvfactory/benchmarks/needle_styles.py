@@ -1,18 +1,25 @@
-"""What is hidden in a haystack, how it is asked for and how the answer is scored: a class for each style."""
+"""What is hidden in a haystack, how it is asked for and how the answer is scored: what a style is, and the numbers."""
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol
 
-from kvfactory.benchmarks.haystack import TokenizedHaystack, insert_needle, split_point
-from kvfactory.errors import UserError
+from kvfactory.benchmarks.haystack import TokenizedHaystack, split_point
+from kvfactory.chat import Message
+from kvfactory.errors import UserError, require
 
-Chat = Callable[[str, str], list[int]]
-"""(text of the user's turn, how the answer begins) -> token ids of the prompt."""
+
+class Chat(Protocol):
+    """Wraps the text of a user's turn for an instruct model: `kvfactory.chat.chat_ids` with a tokenizer in place."""
+
+    def __call__(self, text: str, answer_prefix: str, earlier: Sequence[Message] = ()) -> list[int]:
+        """Token ids of the prompt, which ends with the beginning of the answer; `earlier` turns come first."""
+
 
 LEAST_CONTEXT = 32
 """Tokens of haystack below which a depth says nothing."""
@@ -42,6 +49,8 @@ class Style(ABC):
     """One kind of needle: its examples' facts, their prompts and their scores."""
 
     name: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Flags that belong to this style; its constructor takes them by name."""
     label: str
     """The name, with whatever else tells its examples from another run's."""
     shortest: int
@@ -55,16 +64,20 @@ class Style(ABC):
         self.starts = [first, *self.rng("starts").sample(others, len(others))]
 
     @abstractmethod
+    def answers(self, cell: Cell) -> list[str]:
+        """What is looked for, one text a needle."""
+
+    @abstractmethod
     def facts(self, cell: Cell) -> dict[str, Any]:
-        """What the result row says about the needle; `expected` is the answer."""
+        """What the result row says about what is hidden; JSON-able."""
 
     @abstractmethod
     def prompt_ids(self, cell: Cell) -> list[int]:
         """Token ids of the cell's prompt."""
 
     @abstractmethod
-    def score(self, expected: str, prediction: str) -> dict[str, float]:
-        """Named scores of one answer, in [0, 1]."""
+    def score(self, answers: Sequence[str], prediction: str) -> dict[str, float]:
+        """Named scores in [0, 1] of a prediction, given the `answers` of its cell."""
 
     def rng(self, place: str) -> random.Random:
         """A generator for that place in the grid; seeded with a text, it draws the same in every process."""
@@ -110,38 +123,64 @@ class Secret:
 
 
 class Number(Style):
-    """A number for a key, worded as RULER's niah_single_2. The whole prompt is as long as the context length says."""
+    """A number for a key, worded as RULER's niah_single_2. The whole prompt is as long as the context length says.
+
+    Several needles are spread from the cell's depth to the end in equal steps, as in the first multi-needle test, and all
+    asked for in one question, worded as RULER's niah_multiquery; the first of them is the one a single needle would be.
+    """
 
     name = "number"
-    template = (
+    settings = ("digits", "needles")
+    singular = (
         "A special magic number is hidden within the following text. Make sure to memorize it. "
         "I will quiz you about the number afterwards.\n{context}\n"
-        "What is the special magic number for {key} mentioned in the provided text?"
+        "What is the special magic number for {query} mentioned in the provided text?",
+        " The special magic number for {query} mentioned in the provided text is",
     )
-    prefix = " The special magic number for {key} mentioned in the provided text is"
+    plural = (
+        "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the numbers afterwards.\n{context}\n"
+        "What are all the special magic numbers for {query} mentioned in the provided text?",
+        " The special magic numbers for {query} mentioned in the provided text are",
+    )
 
-    def __init__(self, hay: TokenizedHaystack, chat: Chat | None, seed: int, digits: int | None) -> None:
+    def __init__(
+        self, hay: TokenizedHaystack, chat: Chat | None, seed: int, *, digits: int = 4, needles: int = 1
+    ) -> None:
         super().__init__(hay, chat, seed)
-        self.digits = 4 if digits is None else digits
-        if self.digits < 1:
-            raise UserError(f"--digits {self.digits}: a number has at least 1")
-        self.label = f"{self.name}{self.digits}"
-        self.max_new_tokens = self.digits + 6  # a blank, a colon or a quote may come first
-        longest = "-".join(
-            max(words, key=lambda word: len(self.hay.encode(f"-{word}"))) for words in (ADJECTIVES, NOUNS)
-        )
-        widest = Secret(longest, "9" * self.digits, 0)
-        self.shortest = len(self._render(widest, widest.sentence)) + LEAST_CONTEXT
+        require(digits >= 1, f"--digits {digits}: a number has at least 1")
+        require(needles >= 1, f"--needles {needles}: at least 1 is hidden")
+        most = min(9 * 10 ** (digits - 1), len(ADJECTIVES) * len(NOUNS))
+        require(needles <= most, f"--needles {needles}: no more than {most} can differ with --digits {digits}")
+        self.digits, self.needles = digits, needles
+        several = needles > 1
+        self.label = f"{self.name}{digits}x{needles}" if several else f"{self.name}{digits}"
+        longest = "-".join(max(words, key=lambda word: len(hay.encode(f"-{word}"))) for words in (ADJECTIVES, NOUNS))
+        # A blank, a colon or a quote may come before a number; of several each may be given with its key.
+        self.max_new_tokens = needles * (digits + 6 + several * len(hay.encode(f" {longest}")))
+        self.wording = self.plural if several else self.singular
+        widest = [Secret(longest, "9" * digits, 0)] * needles
+        self.shortest = self._frame(widest) + LEAST_CONTEXT
+
+    def answers(self, cell: Cell) -> list[str]:
+        return [secret.value for secret in self._secrets(cell)]
 
     def facts(self, cell: Cell) -> dict[str, Any]:
-        secret = self._secret(cell)
-        return {"key": secret.key, "expected": secret.value, "digits": self.digits, "haystack_start": secret.start}
+        secrets = self._secrets(cell)
+        common = {"digits": self.digits, "haystack_start": secrets[0].start}
+        if self.needles == 1:
+            return {"key": secrets[0].key, "expected": secrets[0].value, **common}
+        places = zip(secrets, self._depths(cell), strict=True)
+        return {
+            "needles": [{"key": each.key, "value": each.value, "depth_percent": depth} for each, depth in places],
+            **common,
+        }
 
     def prompt_ids(self, cell: Cell) -> list[int]:
-        secret = self._secret(cell)
-        room = cell.length - len(self._render(secret, secret.sentence))
+        secrets = self._secrets(cell)
+        room = cell.length - self._frame(secrets)
         for _ in range(ATTEMPTS):
-            ids = self._render(secret, self._context(secret, room, cell.depth))
+            ids = self._render(secrets, self._context(secrets, room, self._depths(cell)))
             if cell.length - SLACK <= len(ids) <= cell.length:
                 return ids
             room -= len(ids) - cell.length  # where texts meet, tokens merge anew
@@ -149,76 +188,42 @@ class Number(Style):
             f"--haystack: no stretch of it makes a prompt of {cell.length} tokens; its text is lost in tokens"
         )
 
-    def score(self, expected: str, prediction: str) -> dict[str, float]:
-        return {"score": float(expected in prediction)}
+    def score(self, answers: Sequence[str], prediction: str) -> dict[str, float]:
+        return {"score": sum(value in prediction for value in answers) / len(answers)}
 
-    def _secret(self, cell: Cell) -> Secret:
+    def _secrets(self, cell: Cell) -> list[Secret]:
+        """As many as there are needles; no two share a key or a value."""
         rng = self.rng(str(cell))
-        key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
-        value = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
         first = self.rng(cell.square).randrange(len(self.starts))
-        return Secret(key, value, self.start(cell, first))
+        values: dict[str, str] = {}
+        while len(values) < self.needles:
+            key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+            value = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
+            if value not in values.values():
+                values.setdefault(key, value)
+        return [Secret(key, value, self.start(cell, first)) for key, value in values.items()]
 
-    def _context(self, secret: Secret, room: int, depth: float) -> str:
-        around = self.hay.window(secret.start, room)
-        point = split_point(around, depth, self.hay.ends)
-        before, after = self.hay.decode(around[:point]).strip(), self.hay.decode(around[point:]).strip()
-        return " ".join(part for part in (before, secret.sentence, after) if part)
+    def _depths(self, cell: Cell) -> list[float]:
+        """The depth of each needle, in percent: all at the end where the cell's own is 100."""
+        return [cell.depth + i * (100 - cell.depth) / self.needles for i in range(self.needles)]
 
-    def _render(self, secret: Secret, context: str) -> list[int]:
-        return self.render(self.template.format(context=context, key=secret.key), self.prefix.format(key=secret.key))
+    def _context(self, secrets: Sequence[Secret], room: int, depths: Sequence[float]) -> str:
+        """`room` tokens of haystack with the secrets in them."""
+        around = self.hay.window(secrets[0].start, room)
+        points = [split_point(around, depth, self.hay.ends) for depth in depths]
+        first, *others = (self.hay.decode(around[i:j]).strip() for i, j in pairwise([0, *points, len(around)]))
+        parts = [
+            first,
+            *(part for secret, after in zip(secrets, others, strict=True) for part in (secret.sentence, after)),
+        ]
+        return " ".join(filter(None, parts))
 
+    def _frame(self, secrets: Sequence[Secret]) -> int:
+        """Tokens of a prompt that has no haystack in it."""
+        return len(self._render(secrets, " ".join(secret.sentence for secret in secrets)))
 
-class Sandwich(Style):
-    """The San Francisco sandwich. 200 tokens of the context length are left for its wording, as in the first test.
-
-    Sample 0 begins where the haystack begins and is that test's own; others begin at other sentences.
-    """
-
-    name = label = "sandwich"
-    needle = "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n"
-    expected = "eat a sandwich and sit in Dolores Park on a sunny day."
-    buffer = 200
-    max_new_tokens = 30
-    plain_wording = (
-        "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content of the book, "
-        "Question: The best thing to do in San Francisco is: ",
-        "\nAnswer:",
-    )
-    chat_wording = (
-        "This is a very long story book: <book> {context} </book>.\n Based on the content of the book, "
-        "Question: What is the best thing to do in San Francisco?",
-        "The best thing to do in San Francisco is",
-    )
-
-    def __init__(self, hay: TokenizedHaystack, chat: Chat | None, seed: int, digits: int | None) -> None:
-        super().__init__(hay, chat, seed)
-        if digits is not None:
-            raise UserError("--digits is a setting of the needle style 'number'; the sandwich has none")
-        # Imported here because it takes half a second, which no other command has to wait for.
-        from rouge_score.rouge_scorer import RougeScorer
-
-        self._rouge = RougeScorer(["rouge1"], use_stemmer=True)
-        self._needle_ids = self.hay.encode(self.needle)
-        self.stop_ids = frozenset(self.hay.encode("\n")[-1:])
-        self.shortest = self.buffer + len(self._needle_ids) + LEAST_CONTEXT
-
-    def facts(self, cell: Cell) -> dict[str, Any]:
-        return {"expected": self.expected, "haystack_start": self.start(cell, first=0)}
-
-    def prompt_ids(self, cell: Cell) -> list[int]:
-        around = self.hay.window(self.start(cell, first=0), cell.length)
-        ids = insert_needle(around, self._needle_ids, cell.depth, self.hay.stops, cell.length - self.buffer)
-        text, prefix = self.chat_wording if self.chat else self.plain_wording
-        return self.render(text.format(context=self.hay.decode(ids)), prefix)
-
-    def score(self, expected: str, prediction: str) -> dict[str, float]:
-        words = set(expected.lower().split())
-        recall = len(words & set(prediction.lower().split())) / len(words)
-        return {"score": recall, "rouge1": self._rouge.score(self.needle, prediction)["rouge1"].fmeasure}
-
-
-STYLES: dict[str, Callable[[TokenizedHaystack, Chat | None, int, int | None], Style]] = {
-    Number.name: Number,
-    Sandwich.name: Sandwich,
-}
+    def _render(self, secrets: Sequence[Secret], context: str) -> list[int]:
+        *keys, last = (secret.key for secret in secrets)
+        query = f"{', '.join(keys)}, and {last}" if keys else last
+        text, prefix = self.wording
+        return self.render(text.format(context=context, query=query), prefix.format(query=query))

@@ -6,6 +6,7 @@
 
 A line is made of the rows that carry its method and budget and of nothing else; the order of rows only decides the
 order of lines. Scores are 0..100, rounded as LongBench rounds them. A method without a budget has the budget "full".
+What is measured and is no score (`MEASURES`) has columns where rows have it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +24,17 @@ FULL = "full"
 KEYS = ["benchmark", "group", "method", "budget"]
 SECONDS = ["prefill_seconds", "compress_seconds", "decode_seconds"]
 COSTS = ["kept_tokens_mean", "read_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]
-NOT_SCORES = {*COSTS, "depth_percent"}
+MEASURES = {
+    "perplexity": ("perplexity", "{:.2f}"),
+    "nll": ("nats", "{:.4f}"),
+    "scored_tokens": ("scored\ntokens", "{:,.0f}"),
+    "ttft_seconds": ("first\ntoken s", "{:.3f}"),
+    "tpot_seconds": ("s per\ntoken", "{:.4f}"),
+    "tokens_per_second": ("tokens\nper s", "{:,.1f}"),
+    "peak_bytes": ("peak\nbytes", "{:,.0f}"),
+    "largest_batch": ("largest\nbatch", "{:,.0f}"),
+}
+"""Fields of rows that are neither scores nor costs: heading and form in the terminal, in the order of columns."""
 
 TABLE_WIDTH = 100  # columns that a table with short names fits
 MOST_LINES = 60  # what a terminal can show; a longer table is for results.csv
@@ -31,17 +43,26 @@ MOST_LINES = 60  # what a terminal can show; a longer table is for results.csv
 def summarise(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One line per (benchmark, group, method, budget), each in first-seen order: examples, mean scores and mean costs.
 
-    `compressed_share` (0..1) says in how many of the examples anything was evicted.
+    `compressed_share` (0..1) says in how many of the examples anything was evicted. `nll` is a mean over tokens and
+    `perplexity` its exponential; `scored_tokens` are a sum.
     """
-    scores = score_names(rows)
+    scores, measures = score_names(rows), [name for name in MEASURES if any(name in row for row in rows)]
+    ability = ["ability"] if any("ability" in row for row in rows) else []
     cells = [{**row, "budget": budget_name(row["budget"]), "compressed_share": row.get("evicted")} for row in rows]
-    frame = pd.DataFrame(cells, columns=[*KEYS, "memory", *scores, *COSTS])
-    frame = frame.astype({"budget": object} | dict.fromkeys([*scores, *COSTS], float))
+    frame = pd.DataFrame(cells, columns=[*KEYS, "memory", *scores, *measures, *COSTS, *ability])
+    frame = frame.astype({"budget": object} | dict.fromkeys([*scores, *measures, *COSTS, *ability], float))
+    frame["nats"] = frame["nll"] * frame["scored_tokens"] if "nll" in measures else np.nan
     groups = _first_seen(frame, KEYS).groupby(KEYS, sort=False)
+    means = {name: groups[name].mean() for name in [*measures, *COSTS]}
+    if "nll" in measures:
+        means["scored_tokens"] = groups["scored_tokens"].sum()
+        means["nll"] = groups["nats"].sum() / means["scored_tokens"]
+        means["perplexity"] = np.exp(means["nll"])
     parts: dict[str, pd.Series] = {
         "examples": groups.size(),
         **{name: groups[name].agg(percent) for name in scores},
-        **{name: groups[name].mean() for name in COSTS},
+        **means,
+        **{name: groups[name].first() for name in ability},
         "memory": groups["memory"].agg(lambda kinds: "nominal" if "nominal" in set(kinds) else "physical"),
     }
     return pd.DataFrame(parts).reset_index()
@@ -69,6 +90,8 @@ def wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     A group without rows is empty, and so is the average of its line. Several benchmarks make columns benchmark/group.
     """
     frame = summarise(rows)
+    if "score" not in frame:
+        return pd.DataFrame(columns=["method", "budget", "average"])
     if frame["benchmark"].nunique() > 1:
         frame["group"] = frame["benchmark"] + "/" + frame["group"]
     frame = _first_seen(frame, ["method", "budget", "group"])
@@ -81,22 +104,32 @@ def print_table(frame: pd.DataFrame, console: Console) -> None:
     if frame.empty:
         console.print("no rows yet")
     for benchmark, part in frame.groupby("benchmark", sort=False):
-        groups = part["group"].nunique()
+        groups, beyond = part["group"].nunique(), beyond_ability(part)
         if len(part) <= MOST_LINES or groups == 1:
             for group, lines in part.groupby("group", sort=False):
-                console.print(_table(f"{benchmark}: {group}", lines), "")
-        if groups > 1:
-            console.print(_table(f"{benchmark}: average of {groups} groups", overall(part)), "")
+                notes = [f"beyond this model, differences are noise: {beyond[str(group)]}"] if group in beyond else []
+                console.print(_table(f"{benchmark}: {group}", lines, notes), "")
+        if groups > 1 and "score" in part:
+            notes = [f"{len(beyond)} of them beyond this model: {', '.join(beyond)}"] if beyond else []
+            console.print(_table(f"{benchmark}: average of {groups} groups", overall(part), notes), "")
 
 
 def score_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """`score` and every other named score: a float field within 0..1 that is neither a cost nor a place in the grid."""
-    values: dict[str, list[float]] = {"score": []}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, float) and name not in NOT_SCORES and not name.endswith("_seconds"):
-                values.setdefault(name, []).append(value)
-    return [name for name, found in values.items() if name == "score" or all(0 <= value <= 1 for value in found)]
+    """The named scores of the rows, in first-seen order; a row that does not list its own has `score` at most."""
+    names = (row.get("scores", [name for name in ("score",) if name in row]) for row in rows)
+    return list(dict.fromkeys(name for each in names for name in each))
+
+
+def beyond_ability(frame: pd.DataFrame) -> dict[str, str]:
+    """Groups whose differences are noise, and why: what keeps everything scores less there than means anything."""
+    if "ability" not in frame:
+        return {}
+    whole = frame[(frame["budget"] == FULL) & (frame["compressed_share"] == 0) & (frame["ratio"] >= 1)]
+    weak = whole[whole["score"] < 100 * whole["ability"]].drop_duplicates("group")
+    return {
+        str(line["group"]): f"{line['method']} scores {line['score']:.2f}, less than {100 * line['ability']:.0f}"
+        for line in weak.to_dict("records")
+    }
 
 
 def budget_name(budget: int | str | None) -> int | str:
@@ -117,20 +150,22 @@ def _first_seen(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def _scores_of(frame: pd.DataFrame) -> list[str]:
-    return [name for name in frame.columns if name not in {*KEYS, *COSTS, "examples", "memory"}]
+    return [name for name in frame.columns if name not in {*KEYS, *COSTS, *MEASURES, "examples", "ability", "memory"}]
 
 
-def _table(title: str, frame: pd.DataFrame) -> Table:
-    scores = _scores_of(frame)
+def _table(title: str, frame: pd.DataFrame, notes: Sequence[str] = ()) -> Table:
+    scores, measures = _scores_of(frame), {name: each for name, each in MEASURES.items() if name in frame}
     table = Table(title=Text(title), title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     if (frame["memory"] == "nominal").any():
-        table.caption = "* nominal: evicted entries are only masked, the memory is not freed"
+        notes = [*notes, "* nominal: evicted entries are only masked, the memory is not freed"]
+    table.caption = "\n".join(notes) or None
     table.add_column("\nmethod", overflow="fold")
     tokens = {"kept_tokens_mean": "kept\ntokens"}
     if (frame["read_tokens_mean"] < frame["kept_tokens_mean"]).any():
         tokens["read_tokens_mean"] = "read\ntokens"
     costs = [*tokens.values(), "\nevicted", "cache\nMiB", "of\nfull", "prefill\ns", "compr.\ns", "decode\ns"]
-    for name in ["\nbudget", "\nn", *(f"\n{name}" for name in scores), *costs]:
+    headings = [heading if "\n" in heading else f"\n{heading}" for heading, _ in measures.values()]
+    for name in ["\nbudget", "\nn", *(f"\n{name}" for name in scores), *headings, *costs]:
         table.add_column(name, justify="right")
     for line in frame.to_dict("records"):
         table.add_row(
@@ -138,6 +173,7 @@ def _table(title: str, frame: pd.DataFrame) -> Table:
             str(line["budget"]),
             str(line["examples"]),
             *(_number(line[name], "{:.2f}") for name in scores),
+            *(_number(line[name], form) for name, (_, form) in measures.items()),
             *(_number(line[name], "{:.1f}") for name in tokens),
             _evicted(line),
             _cache(line),

@@ -1,0 +1,155 @@
+"""RULER under compression: `run_ruler.py --method h2o --lengths 4096,8192`, 13 synthetic tasks at any length.
+
+Samples are made when the command runs, with the model's own tokenizer and the official wording, answer lengths and
+scores, or are those of --ruler_dir. Essays, SQuAD and HotpotQA are the official material; without them text that comes
+with Python and with this package stands in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvfactory.benchmarks import Benchmark
+from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
+from kvfactory.benchmarks.ruler_files import ReadyMade
+from kvfactory.chat import chat_ids, has_chat_template
+from kvfactory.errors import require
+from kvfactory.flag_types import CommaList, PositiveInt
+from kvfactory.hookspecs import RegisterBenchmark, hookimpl
+from kvfactory.metrics import RULER_TASKS, postprocess_pred
+from kvfactory.report.tables import budget_name, percent
+from kvfactory.results import Row
+from kvfactory.runner import Runner, run_benchmark
+
+LENGTH = 1024
+"""Tokens; what a model for trying out and a CPU can do."""
+
+OPTIONS = [
+    click.Option(
+        ["--tasks"], type=CommaList(click.STRING), help="Tasks, separated by commas.  [default: all 13 that are there]"
+    ),
+    click.Option(
+        ["--lengths"],
+        type=CommaList(PositiveInt()),
+        help="Tokens of prompt and answer, separated by commas.  "
+        f"[default: {LENGTH}; with --ruler_dir all that it has]",
+    ),
+    click.Option(
+        ["--samples"],
+        type=PositiveInt(),
+        default=10,
+        show_default=True,
+        help="Samples of each task and length; 500 are official.",
+    ),
+    click.Option(["--essays"], help="A text file, or a folder of .txt files.  [default: Python's own documentation]"),
+    click.Option(
+        ["--squad"],
+        type=click.Path(path_type=Path),
+        help="SQuAD's dev-v2.0.json, for qa_1.  [default: the package's own passages]",
+    ),
+    click.Option(
+        ["--hotpotqa"],
+        type=click.Path(path_type=Path),
+        help="HotpotQA's hotpot_dev_distractor_v1.json, for qa_2.  [default: the package's own passages]",
+    ),
+    click.Option(
+        ["--ruler_dir"],
+        type=click.Path(path_type=Path),
+        help="Folder with <length>/<task>.jsonl files of the official generator.  [default: samples are made]",
+    ),
+    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+]
+
+
+def make(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
+) -> tuple[Benchmark, dict[str, Any]]:
+    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    facts = {"chat_template": "the tokenizer's" if wrap else "none"}
+    common: dict[str, Any] = {
+        "samples": flags["samples"],
+        "chat": partial(chat_ids, tokenizer) if wrap else None,
+        "window": getattr(model.config, "max_position_embeddings", None),
+    }
+    if flags["ruler_dir"]:
+        for unused in ("essays", "squad", "hotpotqa"):
+            require(flags[unused] is None, f"--{unused}: the samples of --ruler_dir are there already; leave one out")
+        ready = ReadyMade(tokenizer, flags["ruler_dir"], tasks=flags["tasks"], lengths=flags["lengths"], **common)
+        return ready, facts
+    sources = Sources(flags["essays"], flags["squad"], flags["hotpotqa"])
+    generated = GeneratedRuler(
+        tokenizer,
+        tasks=flags["tasks"] or RULER_TASKS,
+        lengths=flags["lengths"] or [LENGTH],
+        sources=sources,
+        seed=flags["seed"],
+        **common,
+    )
+    return generated, facts | sources.record()
+
+
+def scores(rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per method, budget and length: a column for each task, their plain `average`, and the empty predictions.
+
+    Tasks without rows are left out; a line that lacks one of the others has no average.
+    """
+    keys = ["method", "budget", "length"]
+    lines = [
+        {
+            "method": row["method"],
+            "budget": budget_name(row["budget"]),
+            "length": row["context_length"],
+            "task": row["task"],
+            "score": row["score"],
+            "nulls": not postprocess_pred(row["prediction"]),
+        }
+        for row in rows
+    ]
+    frame = pd.DataFrame(lines, columns=[*keys, "task", "score", "nulls"]).astype({"budget": object})
+    table = frame.groupby([*keys, "task"], sort=False)["score"].agg(percent).unstack(sort=False)
+    table = table[[task for task in RULER_TASKS if task in table]]
+    average = table.mean(axis=1, skipna=False).round(2)
+    nulls = frame.groupby(keys, sort=False)["nulls"].sum()
+    return table.assign(average=average, nulls=nulls).rename_axis(columns=None).reset_index()
+
+
+def finish(rows: list[Row], folder: Path, console: Console) -> None:
+    """ruler.csv, and the averages over tasks with a column for each length."""
+    path = folder / "ruler.csv"
+    frame = scores(rows)
+    frame.to_csv(path, index=False)
+    lengths = sorted(frame["length"].unique())
+    averages = frame.set_index(["method", "budget", "length"])["average"].unstack(sort=False)
+    table = Table(title="ruler: average of tasks", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    for name in ("budget", *lengths):
+        table.add_column(str(name), justify="right")
+    for line in averages.reset_index().to_dict("records"):
+        found = ("-" if pd.isna(line[length]) else f"{line[length]:.2f}" for length in lengths)
+        table.add_row(Text(line["method"]), str(line["budget"]), *found)
+    console.print(table, "")
+    console.print(f"tasks   {path}", soft_wrap=True)
+
+
+@hookimpl
+def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    grows = ("tasks", "lengths", "samples")
+    register("ruler", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_benchmark("ruler", arguments)
+
+
+if __name__ == "__main__":
+    main()
