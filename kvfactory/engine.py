@@ -125,9 +125,8 @@ class Engine:
         hidden = self._forward([[cache] for cache in caches], [list(prompt) for prompt in prompts])
         logits = self._logits(hidden[:, -1])
         seconds = now(self.device) - started - sum(cache.own_seconds for cache in caches)
-        return [
-            Sequence(cache, *lengths, row, prefill_seconds=seconds) for cache, row in zip(caches, logits, strict=True)
-        ]
+        parts = zip(caches, prompts, logits, strict=True)
+        return [Sequence(cache, len(prompt), row, prefill_seconds=seconds) for cache, prompt, row in parts]
 
     def _losses(self, hidden: Tensor, targets: list[int]) -> list[float]:
         """What each target costs behind its hidden state [tokens, hidden_size], in nats."""

@@ -46,6 +46,8 @@ class BudgetType(click.ParamType):
 class PositiveInt(click.IntRange):
     """A whole number, 1 or more."""
 
+    name = "count"
+
     def __init__(self) -> None:
         super().__init__(min=1)
 

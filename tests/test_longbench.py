@@ -138,6 +138,23 @@ def test_truncation_keeps_the_first_and_the_last_half_without_special_tokens(pro
     assert truncate_middle(prompt, TOKENIZER, limit) == "".join(kept)
 
 
+def test_of_a_huge_prompt_the_ends_alone_are_tokenised_and_nothing_changes(monkeypatch, embedded_tokenizer):
+    text = "".join(f"Line {number}: the {'very ' * (number % 7)}old clock strikes.\n" for number in range(3000))
+    whole = {limit: truncate_middle(text, embedded_tokenizer, limit) for limit in (2, 77, 600)}
+    monkeypatch.setattr("kvfactory.benchmarks.longbench.END", 20_000)
+    seen: list[int] = []
+
+    def tokenizer(part, **settings):
+        seen.append(len(part))
+        return embedded_tokenizer(part, **settings)
+
+    tokenizer.decode = embedded_tokenizer.decode
+    assert {limit: truncate_middle(text, tokenizer, limit) for limit in whole} == whole
+    assert seen == [20_000, 20_000] * 3, "the whole text was never tokenised"
+    many = 10**5
+    assert truncate_middle(text, tokenizer, many) == text and seen[-1] == len(text), "it may be short after all"
+
+
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_prompts_of_real_rows_are_byte_exact(shared, dataset):
     facts = json.loads((shared / "golden" / "longbench_config.json").read_text("utf-8"))[dataset]
@@ -295,7 +312,7 @@ def test_examples_are_named_by_dataset_and_id(tmp_path):
     assert [(e.id, e.group) for e in examples] == [
         ("hotpotqa/b", "hotpotqa"),
         ("hotpotqa/a", "hotpotqa"),
-        ("qasper_e/a", "qasper_e"),
+        ("qasper_e/a", "qasper_e 0-4k"),
     ]
 
 

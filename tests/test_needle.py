@@ -369,7 +369,7 @@ def test_the_number_is_right_wherever_it_occurs():
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @given(count=st.integers(2, 5), extra=st.integers(0, 900), depth=st.floats(0, 100), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_all_needles_are_there_at_their_depths_in_one_prompt(tokenizer, count, extra, depth, seed):
     length = needle(tokenizer, needles=count, lengths=[9999])._style.shortest + extra
     ids, example = only(needle(tokenizer, needles=count, lengths=[length], depths=[depth], seed=seed))
@@ -795,22 +795,20 @@ def tiny(tmp_path_factory):
 
 
 def arguments(tiny, folder, **flags):
-    usual = {"method": "fullkv,streamingllm", "max_capacity_prompts": 64, "model_path": tiny, "device": "cpu"}
+    usual = {"method": "streamingllm", "max_capacity_prompts": 64, "model_path": tiny, "device": "cpu"}
     usual |= {"save_dir": folder, "haystack": tiny / "story.txt", "samples": 1, "dtype": "float32"}
     return [str(part) for name, value in (usual | flags).items() for part in (f"--{name}", value)]
 
 
 def test_a_grid_may_grow_in_its_folder(tiny, tmp_path):
     """A part of the grid first and all of it later are the rows of all of it at once; so is what a kill has left."""
-    whole = {"context_lengths": "560,480", "depths": "0,50", "samples": 2, "needles": 2}
+    whole = {"context_lengths": "560,480", "depths": "0,50", "samples": 2, "needles": 2, "digits": 1}
     assert run_needle(arguments(tiny, tmp_path / "grown", **whole | {"context_lengths": 480, "samples": 1})) == 0
     part = load_rows(tmp_path / "grown")
     assert run_needle(arguments(tiny, tmp_path / "grown", **whole)) == 0
     assert run_needle(arguments(tiny, tmp_path / "at_once", **whole)) == 0
-    rows, at_once = (
-        {(row["example_id"], row["method"]): row for row in load_rows(tmp_path / name)} for name in ("grown", "at_once")
-    )
-    assert (len(part), len(rows)) == (2 * 2, 2 * 2 * 2 * 2)
+    rows, at_once = ({row["example_id"]: row for row in load_rows(tmp_path / name)} for name in ("grown", "at_once"))
+    assert (len(part), len(rows)) == (2, 2 * 2 * 2)
     assert list(rows.values())[: len(part)] == part
     assert set(rows) == set(at_once)
     for key, row in rows.items():
@@ -820,7 +818,7 @@ def test_a_grid_may_grow_in_its_folder(tiny, tmp_path):
 
 
 def test_what_a_published_grid_leaves_out_is_said(tiny, tmp_path, capsys):
-    how = {"grid": "original", "depths": 50, "style": "sandwich", "method": "fullkv"}
+    how = {"grid": "original", "depths": 50, "style": "sandwich"}
     assert run_needle(arguments(tiny, tmp_path, **how)) == 0
     said = (
         "notice: --grid original: 34 of 35 context lengths are beyond the model's window of 1024 tokens and left out\n"
@@ -842,7 +840,6 @@ def test_flags_of_a_grid_that_cannot_be(tiny, tmp_path, capsys):
     for flags, words in (
         ({"context_lengths": "512,1025"}, "--context_lengths 1025: longer than the model's window of 1024 tokens"),
         ({"depth_spacing": "sigmoid"}, "--depth_spacing sigmoid"),
-        ({"needles": 2, "style": "original", "digits": 1}, "is a setting of the needle style 'number'"),
     ):
         assert run_needle(arguments(tiny, tmp_path, **flags)) == 2
         said = capsys.readouterr().err

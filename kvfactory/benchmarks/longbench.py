@@ -166,6 +166,9 @@ def _unique_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 # ---- prompts and scores ----
 
+END, FAR = 2**20, 1000
+"""Characters at each end of a huge prompt that are tokenised alone, and tokens after which a cut no longer matters."""
+
 
 def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
     """The prompt; where it has more than `max_length` tokens, the text of its first and last `max_length // 2`.
@@ -173,11 +176,20 @@ def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length:
     As in the official code special tokens count but do not stay in the text, which therefore tokenises to a few
     tokens more or less than asked for. A `max_length` of 1 drops nothing but them.
     """
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
-    if len(ids) <= max_length:
-        return prompt
     half = max_length // 2
-    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    ends = _ends(prompt, tokenizer, max_length) if len(prompt) > 2 * END and half else None
+    if ends is None:
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        if len(ids) <= max_length:
+            return prompt
+        ends = ids, ids
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ends[0][:half], ends[1][-half:]))
+
+
+def _ends(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]] | None:
+    """Token ids of the first and the last characters, if what is kept of each lies far from where the text was cut."""
+    first, last = (tokenizer(part, verbose=False)["input_ids"] for part in (prompt[:END], prompt[-END:]))
+    return (first, last) if min(len(first), len(last)) > max_length + FAR else None
 
 
 class LongBench(Benchmark):

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib import metadata
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ class GeneratedRuler(Ruler):
     """Samples made here, `samples` of each task at each length.
 
     Lengths are in tokens. UserError for a task that is not there, a length beyond the `window` of the model, and one
-    that is too short for a task.
+    that is too short, with the task that needs most.
     """
 
     def __init__(
@@ -153,16 +153,22 @@ class GeneratedRuler(Ruler):
         require(samples >= 1, f"--samples {samples}: a task needs 1 or more")
         self._examples: list[Example] = []
         self._samples: dict[str, Sample] = {}
-        for length, (name, task) in product(dict.fromkeys(lengths), made.items()):
+        for length in dict.fromkeys(lengths):
             check_window(length, window)
-            drawn = [task.draw(f"{seed}/{name}/{number}", number, length) for number in range(samples)]
-            shortest = TOKENS_TO_GENERATE[name] + max(len(self._written(each, each.least)) for each in drawn)
-            if length < shortest:
-                raise UserError(f"--lengths {length}: too short for {name}; the shortest possible is {shortest}")
-            for number, sample in enumerate(drawn):
-                example = self.example(name, length, number, sample.answers, query=sample.query)
-                self._examples.append(example)
-                self._samples[example.id] = sample
+            drawn = {
+                name: [task.draw(f"{seed}/{name}/{number}", number, length) for number in range(samples)]
+                for name, task in made.items()
+            }
+            shortest = {name: self._shortest(name, each) for name, each in drawn.items()}
+            longest = max(shortest, key=lambda name: shortest[name])
+            if length < shortest[longest]:
+                needed = f"the shortest possible is {shortest[longest]}"
+                raise UserError(f"--lengths {length}: too short for {longest}; {needed}")
+            for name, each in drawn.items():
+                for number, sample in enumerate(each):
+                    example = self.example(name, length, number, sample.answers, query=sample.query)
+                    self._examples.append(example)
+                    self._samples[example.id] = sample
 
     def examples(self) -> Sequence[Example]:
         return self._examples
@@ -180,6 +186,10 @@ class GeneratedRuler(Ruler):
         # Four units a token are more than there is of anything; a tokenizer may make no tokens of a text at all.
         most = sample.least + 4 * room if sample.most is None else sample.most
         return written[largest_fit(tokens, sample.least, most, room)]
+
+    def _shortest(self, task: str, samples: Sequence[Sample]) -> int:
+        """The tokens of the longest of these samples at its smallest size, the answer included."""
+        return TOKENS_TO_GENERATE[task] + max(len(self._written(each, each.least)) for each in samples)
 
     def _written(self, sample: Sample, size: int) -> list[int]:
         return self.render(sample.text(size), sample.prefix)

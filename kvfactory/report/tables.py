@@ -25,16 +25,16 @@ KEYS = ["benchmark", "group", "method", "budget"]
 SECONDS = ["prefill_seconds", "compress_seconds", "decode_seconds"]
 COSTS = ["kept_tokens_mean", "read_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]
 MEASURES = {
-    "perplexity": ("perplexity", "{:.2f}"),
-    "nll": ("nats", "{:.4f}"),
-    "scored_tokens": ("scored\ntokens", "{:,.0f}"),
-    "ttft_seconds": ("first\ntoken s", "{:.3f}"),
-    "tpot_seconds": ("s per\ntoken", "{:.4f}"),
-    "tokens_per_second": ("tokens\nper s", "{:,.1f}"),
-    "peak_bytes": ("peak\nbytes", "{:,.0f}"),
-    "largest_batch": ("largest\nbatch", "{:,.0f}"),
+    "perplexity": ("perplexity", "{:.2f}", 1),
+    "nll": ("nats", "{:.4f}", 1),
+    "scored_tokens": ("scored\ntokens", "{:,.0f}", 1),
+    "ttft_seconds": ("first\ntoken s", "{:.3f}", 1),
+    "tpot_seconds": ("s per\ntoken", "{:.4f}", 1),
+    "tokens_per_second": ("tokens\nper s", "{:,.1f}", 1),
+    "peak_bytes": ("peak\nMiB", "{:,.1f}", 2**20),
+    "largest_batch": ("largest\nbatch", "{:,.0f}", 1),
 }
-"""Fields of rows that are neither scores nor costs: heading and form in the terminal, in the order of columns."""
+"""Fields of rows that are neither scores nor costs: heading, form and unit in the terminal, in the order of columns."""
 
 TABLE_WIDTH = 100  # columns that a table with short names fits
 MOST_LINES = 60  # what a terminal can show; a longer table is for results.csv
@@ -44,12 +44,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One line per (benchmark, group, method, budget), each in first-seen order: examples, mean scores and mean costs.
 
     `compressed_share` (0..1) says in how many of the examples anything was evicted. `nll` is a mean over tokens and
-    `perplexity` its exponential; `scored_tokens` are a sum.
+    `perplexity` its exponential; `scored_tokens` are a sum. `oom` says whether memory did not suffice for one.
     """
     scores, measures = score_names(rows), [name for name in MEASURES if any(name in row for row in rows)]
-    ability = ["ability"] if any("ability" in row for row in rows) else []
-    cells = [{**row, "budget": budget_name(row["budget"]), "compressed_share": row.get("evicted")} for row in rows]
-    frame = pd.DataFrame(cells, columns=[*KEYS, "memory", *scores, *measures, *COSTS, *ability])
+    ability, oom = ([name] if any(name in row for row in rows) else [] for name in ("ability", "oom"))
+    own = [{"budget": budget_name(row["budget"]), "compressed_share": row.get("evicted")} for row in rows]
+    cells = [{"oom": False, **row, **each} for row, each in zip(rows, own, strict=True)]
+    frame = pd.DataFrame(cells, columns=[*KEYS, "memory", *scores, *measures, *COSTS, *ability, *oom])
     frame = frame.astype({"budget": object} | dict.fromkeys([*scores, *measures, *COSTS, *ability], float))
     frame["nats"] = frame["nll"] * frame["scored_tokens"] if "nll" in measures else np.nan
     groups = _first_seen(frame, KEYS).groupby(KEYS, sort=False)
@@ -63,6 +64,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         **{name: groups[name].agg(percent) for name in scores},
         **means,
         **{name: groups[name].first() for name in ability},
+        **{name: groups[name].any() for name in oom},
         "memory": groups["memory"].agg(lambda kinds: "nominal" if "nominal" in set(kinds) else "physical"),
     }
     return pd.DataFrame(parts).reset_index()
@@ -150,7 +152,8 @@ def _first_seen(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def _scores_of(frame: pd.DataFrame) -> list[str]:
-    return [name for name in frame.columns if name not in {*KEYS, *COSTS, *MEASURES, "examples", "ability", "memory"}]
+    others = {*KEYS, *COSTS, *MEASURES, "examples", "ability", "oom", "memory"}
+    return [name for name in frame.columns if name not in others]
 
 
 def _table(title: str, frame: pd.DataFrame, notes: Sequence[str] = ()) -> Table:
@@ -163,22 +166,28 @@ def _table(title: str, frame: pd.DataFrame, notes: Sequence[str] = ()) -> Table:
     tokens = {"kept_tokens_mean": "kept\ntokens"}
     if (frame["read_tokens_mean"] < frame["kept_tokens_mean"]).any():
         tokens["read_tokens_mean"] = "read\ntokens"
-    costs = [*tokens.values(), "\nevicted", "cache\nMiB", "of\nfull", "prefill\ns", "compr.\ns", "decode\ns"]
-    headings = [heading if "\n" in heading else f"\n{heading}" for heading, _ in measures.values()]
-    for name in ["\nbudget", "\nn", *(f"\n{name}" for name in scores), *headings, *costs]:
+    seconds = dict(zip(SECONDS, ("prefill\ns", "compr.\ns", "decode\ns"), strict=True))
+    if "ttft_seconds" in measures:  # which, with the seconds per token, says what these say
+        del seconds["prefill_seconds"], seconds["decode_seconds"]
+    sizes = [*tokens.values(), "\nevicted", "cache\nMiB", "of\nfull", *seconds.values()]
+    headings = [heading if "\n" in heading else f"\n{heading}" for heading, _, _ in measures.values()]
+    for name in ["\nbudget", "\nn", *(f"\n{name}" for name in scores), *headings, *sizes]:
         table.add_column(name, justify="right")
     for line in frame.to_dict("records"):
+        costs = [
+            *(_number(line[name] / unit, form) for name, (_, form, unit) in measures.items()),
+            *(_number(line[name], "{:.1f}") for name in tokens),
+            _evicted(line),
+            _cache(line),
+            _ratio(line),
+            *(_number(line[name], "{:.2f}") for name in seconds),
+        ]
         table.add_row(
             Text(line["method"]),
             str(line["budget"]),
             str(line["examples"]),
             *(_number(line[name], "{:.2f}") for name in scores),
-            *(_number(line[name], form) for name, (_, form) in measures.items()),
-            *(_number(line[name], "{:.1f}") for name in tokens),
-            _evicted(line),
-            _cache(line),
-            _ratio(line),
-            *(_number(line[name], "{:.2f}") for name in SECONDS),
+            *("oom" if cell == "-" and line.get("oom") else cell for cell in costs),
         )
     return table
 

@@ -1,0 +1,100 @@
+"""The matched-budget card: what every method finds and costs at the same budgets, one line each.
+
+rows = with_scores(rows_of_a_latency_run, rows_of_another_run)
+frame = card(rows)
+save_card(frame, folder)
+print_card(frame, Console())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .methods import markdown
+from .tables import FULL, budget_name, overall, score_names, summarise
+
+NUMBERS = {
+    "score": ("score", "{:.2f}"),
+    "cache_gib": ("cache GiB", "{:.4f}"),
+    "tokens_per_second": ("tokens/s", "{:,.1f}"),
+    "ttft_seconds": ("TTFT s", "{:.3f}"),
+    "largest_batch": ("largest batch", "{:,.0f}"),
+}
+"""Columns of numbers: heading and form."""
+
+
+def with_scores(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a latency run, and in each the score of its method and budget in the `scored` rows, None if there is none.
+
+    It is that of the group named as the row's `length` where they have one, or else the average of all groups. The field
+    is called as the benchmark that was scored.
+    """
+    if not scored:
+        return [dict(row) for row in rows]
+    frame = summarise(scored)
+    lines = pd.concat([frame, overall(frame).assign(group=FULL)]).dropna(subset="score").to_dict("records")
+    found = {(line["group"], line["method"], line["budget"]): line["score"] / 100 for line in lines}
+    groups, name = {line["group"] for line in lines}, scored[0]["benchmark"]
+
+    def score(row: Mapping[str, Any]) -> float | None:
+        group = str(row["length"])
+        return found.get((group if group in groups else FULL, row["method"], budget_name(row["budget"])))
+
+    return [{**row, name: score(row), "scores": [name]} for row in rows]
+
+
+def card(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One line per group, method and budget, from rows that `with_scores` gave a score; scores are 0..100.
+
+    Columns: prompt (length and batch size), method, budget, those of `NUMBERS`, oom.
+    """
+    frame = summarise(rows)
+    (score,) = score_names(rows)
+    return pd.DataFrame(
+        {
+            "prompt": frame["group"],
+            "method": frame["method"],
+            "budget": frame["budget"],
+            "score": frame[score],
+            "cache_gib": frame["cache_bytes"] / 2**30,
+            "tokens_per_second": frame.get("tokens_per_second"),
+            "ttft_seconds": frame.get("ttft_seconds"),
+            "largest_batch": frame.get("largest_batch"),
+            "oom": frame["oom"],
+        }
+    ).astype(dict.fromkeys(NUMBERS, float))
+
+
+def save_card(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `card.csv` and `card.md`."""
+    paths = [folder / "card.csv", folder / "card.md"]
+    frame.to_csv(paths[0], index=False, lineterminator="\n")
+    paths[1].write_text(markdown(_headings(), _lines(frame)) + "\n", encoding="utf-8")
+    return paths
+
+
+def print_card(frame: pd.DataFrame, console: Console) -> None:
+    table = Table(title=Text("card"), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in _headings():
+        table.add_column(heading, justify="left" if heading in ("prompt", "method") else "right", overflow="fold")
+    for line in _lines(frame):
+        table.add_row(*map(Text, line))
+    console.print(table, "")
+
+
+def _headings() -> list[str]:
+    return ["prompt", "method", "budget", *(heading for heading, _ in NUMBERS.values())]
+
+
+def _lines(frame: pd.DataFrame) -> Iterator[list[str]]:
+    for line in frame.to_dict("records"):
+        forms = {name: "-" if pd.isna(line[name]) else form.format(line[name]) for name, (_, form) in NUMBERS.items()}
+        costs = {name: "oom" if line["oom"] and name != "score" else text for name, text in forms.items()}
+        yield [line["prompt"], line["method"], str(line["budget"]), *costs.values()]

@@ -1,0 +1,223 @@
+"""Perplexity under compression: `run_perplexity.py --method h2o,snapkv --max_capacity_prompts 256`.
+
+By default a prefix of 1024 tokens is compressed once and the 256 tokens behind it are scored one by one. The five
+protocols differ in when a method may act; their figures do not compare with each other, and every row and table says
+which it was. disjoint and strided take methods that evict nothing. token_by_token presumes --decode_budget same, since
+there is no prompt that a budget could be for. leaky_single_pass lets a prompt attend to what is kept of it before later
+tokens are hidden; it is there to reproduce figures of such code and for nothing else.
+
+WikiText-2's users give --text wiki.test.raw.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvfactory.attention import family_of
+from kvfactory.benchmarks import Benchmark
+from kvfactory.benchmarks.haystack import Haystack, load_haystack
+from kvfactory.benchmarks.one_pass import acts_in_one_pass, attending
+from kvfactory.benchmarks.perplexity import (
+    PROTOCOLS,
+    Perplexity,
+    PrefillThenContinue,
+    Protocol,
+    TokenByToken,
+    choose_protocol,
+)
+from kvfactory.benchmarks.texts import TEXTS, load_texts
+from kvfactory.engine import Engine
+from kvfactory.errors import UserError, require
+from kvfactory.flag_types import CommaList, PositiveInt
+from kvfactory.hookspecs import RegisterBenchmark, hookimpl
+from kvfactory.jobs import Job
+from kvfactory.registry import Registry, get_registry
+from kvfactory.report.tables import summarise
+from kvfactory.results import Row
+from kvfactory.runner import Runner, run_benchmark, sweep_jobs
+from kvfactory.sweep import Running, Sweep, footprint, full_cache_bytes
+
+SETTINGS = {
+    "seqlen": "Tokens of a window.  disjoint, strided, leaky_single_pass [default: 2048]",
+    "stride": "Tokens from one window's beginning to the next.  strided [default: 512]; prefill_then_continue [default: "
+    "a window's length]",
+    "tokens": "Tokens of the text that are read; all but the first are scored.  token_by_token [default: 2048]",
+    "prefix": "Tokens that are compressed.  prefill_then_continue [default: 1024]",
+    "continuation": "Tokens behind them that are scored.  prefill_then_continue [default: 256]",
+    "windows": "Windows of each text, at most.  prefill_then_continue [default: 8]",
+}
+"""Flags of protocols, and what they mean."""
+
+OPTIONS = [
+    click.Option(
+        ["--protocol"],
+        type=click.Choice(list(PROTOCOLS)),
+        default=PrefillThenContinue.name,
+        show_default=True,
+        help="How the text is cut and read.",
+    ),
+    *(click.Option([f"--{name}"], type=PositiveInt(), help=meaning) for name, meaning in SETTINGS.items()),
+    click.Option(["--text"], help="A UTF-8 text file, or a folder of .txt files, in place of --texts."),
+    click.Option(
+        ["--texts"],
+        type=CommaList(click.STRING),
+        help=f"Texts that come with this package and with Python, separated by commas.  [default: {','.join(TEXTS)}]",
+    ),
+    click.Option(["--max_tokens"], type=PositiveInt(), help="Tokens of each text to use.  [default: all]"),
+]
+
+
+class PerplexitySweep(Sweep):
+    """In one pass methods act before attention; where there is no prompt, a row's size is that of the cache at its end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        benchmark: Benchmark,
+        jobs: Sequence[Job],
+        *rest: Any,
+    ) -> None:
+        assert isinstance(benchmark, Perplexity)
+        self.protocol = benchmark.protocol
+        if mask_by := self.protocol.mask_by:
+            jobs = [replace(job, method=attending(job.method, mask_by, engine.model)) for job in jobs]
+        super().__init__(engine, tokenizer, benchmark, jobs, *rest)
+
+    def _row(self, ended: Running) -> Row:
+        if self.protocol.evicts_on_the_way:
+            fed = ended.sequence.cache.seen
+            whole = replace(ended.sequence, prompt_tokens=fed)
+            ended.footprint = footprint(whole, full_cache_bytes(self.engine.model, fed))
+        return super()._row(ended)
+
+
+def protocol_of(flags: dict[str, Any]) -> Protocol:
+    """What the flags ask for; see `choose_protocol`."""
+    return choose_protocol(flags["protocol"], {name: flags[name] for name in SETTINGS})
+
+
+def jobs(registry: Registry, flags: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
+    """What runs; raises `UserError` for methods that the protocol would never let act."""
+    protocol, made = protocol_of(flags), sweep_jobs(registry, flags, settings)
+    if protocol.evicts_on_the_way:
+        shares = [str(job.budget) for job in made if isinstance(job.budget, str)]
+        require(
+            not shares,
+            f"--max_capacity_prompts {', '.join(dict.fromkeys(shares))}: under --protocol {protocol.name} there is no "
+            "prompt to take a share of; give a number of entries",
+        )
+        return holding_to_budgets(registry, flags, settings)
+    if protocol.mask_by is not None:
+        whole = protocol.mask_by == "position"
+        refused = [
+            job.label
+            for job in made
+            if not acts_in_one_pass(job.method) or (whole and registry.has_budget(name_of(job.label)))
+        ]
+        require(
+            not refused,
+            f"--method {', '.join(dict.fromkeys(refused))}: --protocol {protocol.name} scores a text in one pass, and what "
+            f"this does comes after it; give --protocol {TokenByToken.name} or {PrefillThenContinue.name}",
+        )
+    return made
+
+
+def holding_to_budgets(registry: Registry, flags: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
+    """Jobs whose methods evict while decoding, down to their budget unless something else was asked for."""
+    setting = "decode_budget"
+    if setting in settings or not any(setting in registry.own_settings(name_of(spec)) for spec in flags["method"]):
+        return sweep_jobs(registry, flags, settings)
+    try:
+        return sweep_jobs(registry, flags, settings | {setting: "same"})
+    except UserError as problem:
+        raise UserError(
+            f"--protocol {TokenByToken.name} presumes --{setting} same, which cannot be here: {problem}; "
+            f"or give --protocol {PrefillThenContinue.name}"
+        ) from None
+
+
+def name_of(spec: str) -> str:
+    """A method's name, the settings behind it left out."""
+    return spec.partition(":")[0]
+
+
+def make(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
+) -> tuple[Benchmark, dict[str, Any]]:
+    protocol = protocol_of(flags)
+    check_windows(protocol, model)
+    texts = texts_of(flags)
+    # verbose=False: a text longer than the model's window is no reason for a warning
+    ids = {name: tokenizer.encode(text.text, verbose=False)[: flags["max_tokens"]] for name, text in texts.items()}
+    facts = {"dtype": str(model.dtype).removeprefix("torch.")}
+    sources = {name: text.record() | {"tokens": len(ids[name])} for name, text in texts.items()}
+    return Perplexity(protocol, ids, facts), {"sources": sources, **protocol.record()}
+
+
+def texts_of(flags: dict[str, Any]) -> dict[str, Haystack]:
+    """The texts by name."""
+    if flags["text"] is None:
+        return load_texts(flags["texts"] or TEXTS)
+    require(flags["texts"] is None, "--text and --texts each say what is read; give one of them")
+    return {Path(flags["text"]).name: load_haystack(flags["text"], "--text")}
+
+
+def check_windows(protocol: Protocol, model: PreTrainedModel) -> None:
+    """Say what should be known of windows of this length; raises `UserError` for those that the model cannot read so."""
+    limit = getattr(model.config, "max_position_embeddings", None) or protocol.size
+    beyond = f"{protocol.flags()}: windows have {protocol.size} tokens and this model was made for {limit}"
+    notices = [protocol.notice] if protocol.notice else []
+    if protocol.evicts_on_the_way and protocol.size > limit:
+        notices.append(f"{beyond}; what keeps more than that, or goes by true positions, breaks there")
+    else:
+        require(protocol.size <= limit, f"{beyond}; give fewer")
+    sliding = family_of(model, get_registry().families).sliding_window(model.config)
+    require(
+        protocol.mask_by is None or sliding is None or protocol.size <= sliding,
+        f"{protocol.flags()}: in one pass nothing acts beyond this model's sliding window, {sliding} tokens; give fewer",
+    )
+    for notice in notices:
+        print(f"notice: {notice}", file=sys.stderr)
+
+
+def finish(rows: list[Row], folder: Path, console: Console) -> None:
+    """perplexity.csv: a line for each text, method and budget, and what the protocol was."""
+    path = folder / "perplexity.csv"
+    figures = ["perplexity", "nll", "scored_tokens"]
+    frame = summarise(rows)[["group", "method", "budget", *figures, "examples"]]
+    frame = frame.rename(columns={"group": "text", "examples": "windows"})
+    said = {name: rows[0].get(name) for name in ("protocol", *SETTINGS, "dtype") if name in rows[0]}
+    frame.insert(0, "protocol", said.pop("protocol"))
+    frame.assign(**said).to_csv(path, index=False)
+    console.print(f"perplexity  {path}", soft_wrap=True)
+
+
+@hookimpl
+def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    runner = Runner(
+        help=__doc__ or "",
+        options=OPTIONS,
+        make=make,
+        finish=finish,
+        grows=("windows",),
+        jobs=jobs,
+        sweep=PerplexitySweep,
+    )
+    register("perplexity", runner)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_benchmark("perplexity", arguments)
+
+
+if __name__ == "__main__":
+    main()
