@@ -13,7 +13,7 @@ from itertools import groupby
 from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfactory.errors import UserError
+from kvfactory.errors import UserError, require
 
 # For tokenizers that carry no template: the published form of the family, by a token of its vocabulary ...
 FORMS_BY_TOKEN = {
@@ -124,12 +124,27 @@ def newline_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.encode("\n", add_special_tokens=False)[-1])
 
 
+def context_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the model was made to read, stretched rotary angles included; None where its config does not say."""
+    window = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if not window or scaling.get("type", scaling.get("rope_type")) not in ("linear", "dynamic", "yarn"):
+        return window or None
+    return max(window, int(scaling["factor"] * scaling.get("original_max_position_embeddings", window)))
+
+
+def check_window(config: PretrainedConfig, tokens: int, where: str) -> None:
+    """UserError where the model cannot read so many tokens; `where` names the flag, or the file and line, they are from."""
+    window = context_window(config)
+    require(window is None or tokens <= window, f"{where}: {tokens} tokens, and the model's window is {window}")
+
+
 def max_prompt_tokens(config: PretrainedConfig) -> int:
     """Prompt tokens that leave room for the template and the answer in the context window.
 
     LongBench's own figures for every window: 3500 of 4096, 7500 of 8192, 31500 of 32768; half of a window below 1k.
     """
-    window = getattr(config, "max_position_embeddings", None)
+    window = context_window(config)
     if not window:
         raise UserError(
             f"the config of a '{config.model_type}' model names no context window; give the prompt's length"

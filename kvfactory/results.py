@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
@@ -60,16 +60,18 @@ class RunFolder:
         *,
         environment: Mapping[str, Any],
         arguments: Mapping[str, Any] | None = None,
+        free: Collection[str] = (),
     ) -> RunFolder:
         """Start a run in `path`, or resume the one that is there if its `settings` are the same.
 
-        `settings` are those that change results; `arguments` (every flag) and `environment` are recorded per session.
+        `settings` are those that change results, None for one that is not set; `arguments` (every flag) and `environment`
+        are recorded per session. Names that are `free` may differ, should the folder have them from an earlier version.
         Raises UserError where the settings differ, another process holds the folder, or its files cannot be trusted.
         """
         folder = Path(path)
         with ExitStack() as held:
             held.enter_context(_claim(folder))
-            meta = _joined(folder, settings, {"arguments": arguments or {}, "environment": environment})
+            meta = _joined(folder, settings, {"arguments": arguments or {}, "environment": environment}, free)
             rows, sound = _read(folder / ROWS) if (folder / ROWS).exists() else ([], 0)
             _replace(folder / META, json.dumps(meta, indent=2) + "\n")  # before any row: rows without it are refused
             file = held.enter_context((folder / ROWS).open("ab"))
@@ -152,7 +154,9 @@ def _claim(folder: Path) -> FileLock:
     return lock
 
 
-def _joined(folder: Path, settings: Mapping[str, Any], session: dict[str, Any]) -> dict[str, Any]:
+def _joined(
+    folder: Path, settings: Mapping[str, Any], session: dict[str, Any], free: Collection[str]
+) -> dict[str, Any]:
     """What run_meta.json says once this session has joined the folder; UserError where it may not."""
     session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **session}
     meta: dict[str, Any] = json.loads(json.dumps({"settings": settings, "sessions": [session]}, default=str))
@@ -166,16 +170,18 @@ def _joined(folder: Path, settings: Mapping[str, Any], session: dict[str, Any]) 
         settings_before, sessions = old["settings"], old["sessions"]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{path}: not the {META} of a run; use another --save_dir") from None
-    if changed := _differences(settings_before, meta["settings"], prefix="--"):
+    bound = {name: value for name, value in settings_before.items() if name not in free}
+    if changed := _differences(bound, meta["settings"], prefix="--"):
         raise UserError(f"{folder}: made with other settings: {changed}; set them back or use another --save_dir")
     return {"settings": settings_before, "sessions": [*sessions, *meta["sessions"]]}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """Each name whose value changed, on one line; empty where nothing did."""
+    """Each name whose value changed, on one line; empty where nothing did. None and False are the same as not set."""
 
     def shown(values: dict[str, Any], name: str) -> str:
-        return json.dumps(values[name], sort_keys=True) if name in values else "not set"
+        value = values.get(name)
+        return "not set" if value is None or value is False else json.dumps(value, sort_keys=True)
 
     pairs = [(name, shown(before, name), shown(now, name)) for name in before | now]
     return "; ".join(f"{prefix}{name} was {old}, is {new}" for name, old, new in pairs if old != new)

@@ -118,12 +118,13 @@ def run_sweep(name: str, runner: Runner, flags: dict[str, Any], settings: dict[s
     family_of(model, registry.families)
     benchmark, facts = runner.make(model, tokenizer, flags)
     arguments = {each: _plain(value) for each, value in flags.items()} | settings
-    kept = {each: value for each, value in arguments.items() if each not in (*GROWING, *HARMLESS, *runner.grows)}
+    free = (*GROWING, *HARMLESS, *runner.grows)
+    kept = {each: value for each, value in arguments.items() if each not in free}
     model_facts = {"model": flags["model_path"] or models.EMBEDDED, "dtype": str(model.dtype).removeprefix("torch.")}
     where = {**environment([asdict(plugin) for plugin in registry.plugins]), "device_of_model": str(model.device)}
     save_dir = flags["save_dir"] or Path("results") / name / Path(str(model_facts["model"])).name
     with RunFolder.open(
-        save_dir, kept | model_facts | facts, environment=where, arguments=arguments | {"command": sys.argv}
+        save_dir, kept | model_facts | facts, environment=where, arguments=arguments | {"command": sys.argv}, free=free
     ) as folder:
         if folder.notice:
             print(f"notice: {folder.notice}", file=sys.stderr)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench
-from kvfactory.chat import has_chat_template, max_prompt_tokens
+from kvfactory.chat import check_window, has_chat_template, max_prompt_tokens
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.tables import wide
@@ -59,6 +59,7 @@ def make(
 ) -> tuple[Benchmark, dict[str, Any]]:
     wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
     longest = flags["max_prompt_tokens"] or max_prompt_tokens(model.config)
+    check_window(model.config, longest, "--max_prompt_tokens")
     datasets = flags["datasets"] or (LONGBENCH_E if flags["longbench_e"] else ENGLISH)
     if flags["longbench_e"]:
         datasets = [f"{each.removesuffix('_e')}_e" for each in datasets]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import GRIDS, SPACINGS, STYLES, Needle, choose_grid
-from kvfactory.chat import chat_ids, has_chat_template
+from kvfactory.chat import chat_ids, context_window, has_chat_template
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.heatmaps import save_heatmaps
@@ -77,7 +77,7 @@ def make(
         lengths=flags["context_lengths"],
         depths=flags["depths"],
         spacing=flags["depth_spacing"],
-        window=getattr(model.config, "max_position_embeddings", None),
+        window=context_window(model.config),
     )
     if grid.notice:
         print(f"notice: {grid.notice}", file=sys.stderr)

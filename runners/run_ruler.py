@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
 from kvfactory.benchmarks.ruler_files import ReadyMade
-from kvfactory.chat import chat_ids, has_chat_template
+from kvfactory.chat import chat_ids, context_window, has_chat_template
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
@@ -79,7 +79,7 @@ def make(
     common: dict[str, Any] = {
         "samples": flags["samples"],
         "chat": partial(chat_ids, tokenizer) if wrap else None,
-        "window": getattr(model.config, "max_position_embeddings", None),
+        "window": context_window(model.config),
     }
     if flags["ruler_dir"]:
         for unused in ("essays", "squad", "hotpotqa"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from kvfactory.chat import chat_ids, has_chat_template, max_prompt_tokens, newline_id, stop_ids
+from kvfactory.chat import (
+    chat_ids,
+    check_window,
+    context_window,
+    has_chat_template,
+    max_prompt_tokens,
+    newline_id,
+    next_turn_ids,
+    split_chat_ids,
+    stop_ids,
+)
 from kvfactory.errors import UserError
 
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -221,3 +232,58 @@ def test_prompts_are_as_long_as_longbench_has_them(window, prompt):
 def test_a_config_without_a_window_is_refused():
     with pytest.raises(UserError, match="'odd' model names no context window"):
         max_prompt_tokens(SimpleNamespace(model_type="odd"))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "window"),
+    [
+        (None, 4096),
+        ({"type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "dynamic", "factor": 2.0}, 8192),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0}, 4096),
+    ],
+)
+def test_a_window_is_what_stretched_angles_make_of_it(scaling: dict[str, Any] | None, window: int) -> None:
+    config: Any = SimpleNamespace(max_position_embeddings=4096, rope_scaling=scaling)
+    assert context_window(config) == window
+    check_window(config, window, "--lengths")
+    with pytest.raises(UserError, match=f"--lengths: {window + 1} tokens, and the model's window is {window}"):
+        check_window(config, window + 1, "--lengths")
+
+
+def test_a_config_without_a_window_is_not_checked() -> None:
+    config: Any = SimpleNamespace()
+    assert context_window(config) is None
+    check_window(config, 10**9, "--lengths")
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_prompt_in_two_parts_is_the_same_text(name: str) -> None:
+    tokenizer, _ = WRAPPED[name]
+    context, question = split_chat_ids(tokenizer, "It rained all day.\n\n", "Who was there?", " It was")
+    assert context + question == chat_ids(tokenizer, "It rained all day.\n\nWho was there?", " It was")
+    assert tokenizer.decode(context).endswith("It rained all day.\n\n")
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_without_a_template_the_parts_are_plain_text(name: str) -> None:
+    tokenizer, _ = WRAPPED[name]
+    context, question = split_chat_ids(tokenizer, "Rain.\n", "Who?", " I", template=False)
+    assert context == tokenizer.encode("Rain.\n") and tokenizer.decode(question) == "Who? I"
+    assert tokenizer.decode(next_turn_ids(tokenizer, "Who?", " I", template=False)) == "\n\nWho? I"
+
+
+NEXT_TURNS = {
+    "llama-3": LLAMA3_TURN.replace("<|begin_of_text|>", "<|eot_id|>"),
+    "llama-3 without a template": LLAMA3_TURN.replace("<|begin_of_text|>", "<|eot_id|>"),
+    "mistral": "</s>[INST] Who? [/INST]",
+    "mistral by token": " </s>[INST] Who? [/INST]",
+    "qwen2": f"<|im_end|>\n{QWEN2_TURN}",
+}
+
+
+@pytest.mark.parametrize("name", NEXT_TURNS)
+def test_the_next_turn_ends_the_answer_before_it(name: str) -> None:
+    tokenizer, _ = WRAPPED[name]
+    assert tokenizer.decode(next_turn_ids(tokenizer, "Who?", " I")) == f"{NEXT_TURNS[name]} I"

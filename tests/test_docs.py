@@ -281,8 +281,9 @@ def test_every_field_of_a_row_is_explained(run: Path) -> None:
 def test_every_field_that_needles_add_is_explained() -> None:
     tokenizer, haystack = load_tokenizer(), load_haystack()
     added: set[str] = set()
-    for style in STYLES:
-        needle = Needle(tokenizer, style=style, lengths=[512], depths=[50], samples=1, haystack=haystack)
+    for style, needles in [*((style, None) for style in STYLES), ("number", 2)]:
+        grid = {"lengths": [800], "depths": [50], "samples": 1}
+        needle = Needle(tokenizer, style=style, needles=needles, haystack=haystack, **grid)
         example = needle.examples()[0]
         added |= {*example.info, *needle.score(example, "")}
     assert table(RESULTS, "needle") == added - {"score"}

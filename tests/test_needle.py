@@ -801,20 +801,20 @@ def arguments(tiny, folder, **flags):
 
 
 def test_a_grid_may_grow_in_its_folder(tiny, tmp_path):
-    """A part of the grid first and all of it later are the rows of all of it at once; so is what a kill has left."""
     whole = {"context_lengths": "560,480", "depths": "0,50", "samples": 2, "needles": 2, "digits": 1}
-    assert run_needle(arguments(tiny, tmp_path / "grown", **whole | {"context_lengths": 480, "samples": 1})) == 0
-    part = load_rows(tmp_path / "grown")
-    assert run_needle(arguments(tiny, tmp_path / "grown", **whole)) == 0
-    assert run_needle(arguments(tiny, tmp_path / "at_once", **whole)) == 0
-    rows, at_once = ({row["example_id"]: row for row in load_rows(tmp_path / name)} for name in ("grown", "at_once"))
-    assert (len(part), len(rows)) == (2, 2 * 2 * 2)
-    assert list(rows.values())[: len(part)] == part
-    assert set(rows) == set(at_once)
-    for key, row in rows.items():
-        same = ("prediction", "answers", "score", "prompt_tokens", "needles", "haystack_start")
-        assert {name: row[name] for name in same} == {name: at_once[key][name] for name in same}
-    assert (tmp_path / "grown" / "plots" / "needle_all.png").is_file()
+    assert run_needle(arguments(tiny, tmp_path, **whole | {"context_lengths": 480, "samples": 1})) == 0
+    part = load_rows(tmp_path)
+    assert run_needle(arguments(tiny, tmp_path, **whole)) == 0
+    rows = load_rows(tmp_path)
+    assert rows[: len(part)] == part
+    grid = {"lengths": [560, 480], "depths": [0, 50], "samples": 2, "needles": 2, "digits": 1}
+    examples = {example.id: example for example in needle(**grid).examples()}
+    assert (len(part), len(rows)) == (2, len(examples)) == (2, 8)
+    for row in rows:
+        example = examples.pop(row["example_id"])
+        assert (row["answers"], row["needles"]) == (example.answers, example.info["needles"])
+        assert row["score"] == sum(value in row["prediction"] for value in example.answers) / 2
+    assert (tmp_path / "plots" / "needle_all.png").is_file()
 
 
 def test_what_a_published_grid_leaves_out_is_said(tiny, tmp_path, capsys):

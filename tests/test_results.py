@@ -208,6 +208,21 @@ def test_settings_that_read_the_same_are_the_same(tmp_path):
         reopen(tmp_path, datasets=["b", "a"], head_path="x.json", nested={"q": None, "p": 1})
 
 
+def test_a_flag_that_came_later_and_is_not_given_changes_nothing(tmp_path):
+    reopen(tmp_path).close()
+    reopen(tmp_path, needles=None, query_agnostic=False).close()
+    with pytest.raises(UserError, match="--needles was not set, is 3"):
+        reopen(tmp_path, needles=3)
+
+
+def test_a_name_that_became_free_may_differ(tmp_path):
+    reopen(tmp_path, context_lengths=[512]).close()
+    reopen(tmp_path, context_lengths=[512]).close()
+    with pytest.raises(UserError, match="--context_lengths was"):
+        reopen(tmp_path)
+    RunFolder.open(tmp_path, SETTINGS, environment={"torch": "2.4"}, free=["context_lengths"]).close()
+
+
 def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
     with reopen(tmp_path) as folder:
         with pytest.raises(UserError, match="another process is writing here"):

@@ -55,14 +55,26 @@ def test_a_prompt_and_its_answer_never_exceed_the_length(task, more, chat):
 @pytest.mark.parametrize("task", RULER_TASKS)
 def test_the_shortest_length_that_an_error_names_is_possible(task):
     how = {"tasks": [task], "samples": 3, "chat": wrapped}
-    with pytest.raises(UserError, match=f"^--lengths 60: too short for {task}; the shortest possible is ") as error:
+    with pytest.raises(
+        UserError, match=f"^--lengths 60: too short for {task}; leave it out of --tasks, or give "
+    ) as error:
         ruler(lengths=[60], **how)
     shortest = int(str(error.value).rsplit(" ", 1)[1])
     benchmark = ruler(lengths=[shortest], **how)
     lengths = [len(benchmark.prompt_ids(each)) + each.max_new_tokens for each in benchmark.examples()]
     assert max(lengths) == shortest
-    with pytest.raises(UserError, match=f"shortest possible is {shortest}$"):
+    with pytest.raises(UserError, match=f"shortest possible, {shortest}$"):
         ruler(lengths=[shortest - 1], **how)
+
+
+def test_of_several_tasks_the_one_that_needs_most_is_named():
+    needs = {}
+    for task in ("niah_single_1", "cwe", "vt"):
+        with pytest.raises(UserError) as error:
+            ruler(tasks=[task], lengths=[60])
+        needs[task] = int(str(error.value).rsplit(" ", 1)[1])
+    with pytest.raises(UserError, match=f"too short for vt; .* possible, {max(needs.values())}$"):
+        ruler(tasks=[*needs], lengths=[min(needs.values())])
 
 
 def test_the_chat_wrapper_counts_and_the_answer_begins_behind_it():
@@ -169,7 +181,7 @@ def tiny():
 
 
 def test_a_run_makes_rows_and_ruler_csv(tiny, tmp_path):
-    benchmark, facts = make(tiny, BYTES, flags(tasks=["fwe", "niah_single_1"], lengths=[1100, 1300], samples=1))
+    benchmark, facts = make(tiny, BYTES, flags(tasks=["qa_1", "fwe"], lengths=[1300, 1500], samples=1))
     assert facts["chat_template"] == "none" and facts["wonderwords"] == "3.0.1"
     assert facts["essays"]["name"] == "pydoc_data.topics" and facts["qa_1"]["questions"] == 24
     jobs = make_jobs(get_registry(), ["fullkv", "streamingllm"], [64])
@@ -183,11 +195,11 @@ def test_a_run_makes_rows_and_ruler_csv(tiny, tmp_path):
         assert each["prompt_tokens"] + each["new_tokens"] <= each["context_length"] and each["ability"] == 0.5
     with (tmp_path / "ruler.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [*lines[0]] == ["method", "budget", "length", "niah_single_1", "fwe", "average", "nulls"]
-    keys = [(method, length) for method in ("fullkv", "streamingllm") for length in ("1100", "1300")]
+    assert [*lines[0]] == ["method", "budget", "length", "fwe", "qa_1", "average", "nulls"]
+    keys = [(method, length) for method in ("fullkv", "streamingllm") for length in ("1300", "1500")]
     assert sorted((line["method"], line["length"]) for line in lines) == keys
     assert str(tmp_path / "ruler.csv") in out.getvalue().replace("\n", "")
-    assert "1100" in out.getvalue() and "streamingllm" in out.getvalue()
+    assert "1300" in out.getvalue() and "streamingllm" in out.getvalue()
 
 
 def result(method, budget, length, task, score, prediction="x"):

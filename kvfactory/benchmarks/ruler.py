@@ -13,7 +13,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -162,8 +161,10 @@ class GeneratedRuler(Ruler):
             shortest = {name: self._shortest(name, each) for name, each in drawn.items()}
             longest = max(shortest, key=lambda name: shortest[name])
             if length < shortest[longest]:
-                needed = f"the shortest possible is {shortest[longest]}"
-                raise UserError(f"--lengths {length}: too short for {longest}; {needed}")
+                raise UserError(
+                    f"--lengths {length}: too short for {longest}; leave it out of --tasks, or give the shortest possible, "
+                    f"{shortest[longest]}"
+                )
             for name, each in drawn.items():
                 for number, sample in enumerate(each):
                     example = self.example(name, length, number, sample.answers, query=sample.query)
@@ -217,9 +218,8 @@ def largest_fit(tokens: Callable[[int], int], least: int, most: int, room: int) 
     """
     fits, used, too_large = least, tokens(least), most + 1
     size = 2 * least
-    for attempt in count(1):
-        if too_large - fits <= 1:
-            return fits
+    attempts = 0
+    while too_large - fits > 1:
         size = min(max(size, fits + 1), too_large - 1)
         needed = tokens(size)
         rate = (needed - used) / (size - fits)
@@ -227,5 +227,7 @@ def largest_fit(tokens: Callable[[int], int], least: int, most: int, room: int) 
             fits, used = size, needed
         else:
             too_large = size
-        size = fits + int((room - used) / rate) if rate > 0 and attempt % 8 else (fits + too_large) // 2
-    raise AssertionError("counting ends")
+        attempts += 1
+        by_line = rate > 0 and attempts % 8 > 0
+        size = fits + int((room - used) / rate) if by_line else (fits + too_large) // 2
+    return fits

@@ -45,6 +45,7 @@ class ReadyMade(Ruler):
 
     Without `lengths` all that the folder has, without `tasks` all files of them that are there. A row has the official
     fields `input` and `outputs`, and `answer_prefix` where the input does not end with it. Prompts are sent as they are.
+    Samples are numbered as they come, since the official `index` of a needle sample is a place in its text.
     UserError for what is not there, for a line that is no row, and for prompts beyond the `window` of the model in tokens.
     """
 

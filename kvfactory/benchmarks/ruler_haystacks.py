@@ -109,11 +109,11 @@ class Essay(Hay):
     # The percentages of 40 even steps.
     depths = tuple(round(100 * step / 39) for step in range(40))
     # A word and the blank after it; a character where a script has no blanks between words.
-    words = re.compile(r"[^\s\u2e80-\U0010ffff]{1,30} ?|\S ?")
+    piece = re.compile(r"[^\s\u2e80-\U0010ffff]{1,30} ?|\S ?")
     sentence_end = re.compile(r"[.!?][\"')\]]* |[。！？]")
 
     def __init__(self, text: str) -> None:
-        self.pieces = self.words.findall(" ".join(text.split()) + " ")
+        self.pieces = self.piece.findall(" ".join(text.split()) + " ")
 
     def hide(self, needles: Sequence[Needle], size: int, rng: random.Random) -> str:
         pieces = (self.pieces * -(-size // len(self.pieces)))[:size]

@@ -1,9 +1,9 @@
 """RULER's question answering (qa_1, qa_2): the paragraphs that hold the answer, among others.
 
 Paragraphs and questions are SQuAD's and HotpotQA's where a file with them is given. Without one they are passages of our
-own, told to no model before: the paragraphs that hold an answer are the question's own, and the others of their passage
-are the first to stand beside them. Gaps are asked for by the sentence with the gap, choices by the open question alone,
-since a prediction is right as soon as it mentions the answer and options would be mentioned.
+own, which no model was trained on: the paragraphs that hold an answer are the question's own, and the others of their
+passage are the first to stand beside them. Gaps are asked for by the sentence with the gap, choices by the open question
+alone, since a prediction is right as soon as it mentions the answer and options would be mentioned.
 """
 
 from __future__ import annotations

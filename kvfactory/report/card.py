@@ -69,7 +69,7 @@ def card(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "largest_batch": frame.get("largest_batch"),
             "oom": frame["oom"],
         }
-    ).astype(dict.fromkeys(NUMBERS, float))
+    ).astype(dict.fromkeys(NUMBERS, float) | {"largest_batch": "Int64"})
 
 
 def save_card(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -81,7 +81,8 @@ def save_card(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def print_card(frame: pd.DataFrame, console: Console) -> None:
-    table = Table(title=Text("card"), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    """Show a frame of `card`."""
+    table = Table(title=Text("scores and costs at equal budgets"), title_justify="left", box=None, padding=(0, 1, 0, 0))
     for heading in _headings():
         table.add_column(heading, justify="left" if heading in ("prompt", "method") else "right", overflow="fold")
     for line in _lines(frame):

@@ -1,0 +1,91 @@
+"""Follow-up questions in turn on one compressed cache: `run_multiturn.py --method snapkv --history golden`.
+
+The first question is at the end of the prompt and known when the cache is compressed; the others come later, each behind the
+answers before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvfactory.benchmarks import Benchmark
+from kvfactory.benchmarks.multiturn import HISTORIES, MultiTurn, read_conversations
+from kvfactory.chat import check_window, has_chat_template
+from kvfactory.flag_types import PositiveInt
+from kvfactory.hookspecs import RegisterBenchmark, hookimpl
+from kvfactory.report.tables import wide
+from kvfactory.results import Row
+from kvfactory.runner import Runner, run_benchmark
+
+OPTIONS = [
+    click.Option(
+        ["--conversations"],
+        type=click.Path(path_type=Path),
+        help="JSON lines of a context and turns, as SCBench has them.  [default: passages that come along]",
+    ),
+    click.Option(
+        ["--history"],
+        type=click.Choice(HISTORIES),
+        default="golden",
+        show_default=True,
+        help="Earlier answers that a turn sees: the model's own, or the right ones.",
+    ),
+    click.Option(
+        ["--query_agnostic"], is_flag=True, help="Compress the context before the first question is read, too."
+    ),
+    click.Option(["--turns"], type=PositiveInt(), help="Turns of each conversation.  [default: all]"),
+    click.Option(["--max_num_examples"], type=PositiveInt(), help="Conversations.  [default: all]"),
+    click.Option(
+        ["--max_new_tokens"], type=PositiveInt(), default=24, show_default=True, help="Tokens of an answer, at most."
+    ),
+    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+]
+
+
+def make(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
+) -> tuple[Benchmark, dict[str, Any]]:
+    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    path = flags["conversations"]
+    conversations = (read_conversations(path) if path else passages())[: flags["max_num_examples"]]
+    benchmark = MultiTurn(
+        tokenizer,
+        conversations,
+        history=flags["history"],
+        query_agnostic=flags["query_agnostic"],
+        turns=flags["turns"],
+        max_new_tokens=flags["max_new_tokens"],
+        template=wrap,
+    )
+    for number in range(1, len(conversations) + 1):
+        check_window(
+            model.config, benchmark.tokens(number), f"--conversations {path}, conversation {number}, all its turns"
+        )
+    return benchmark, {"chat_template": "the tokenizer's" if wrap else "none"}
+
+
+def finish(rows: list[Row], folder: Path, console: Console) -> None:
+    """One line a method and budget, one column a turn."""
+    path = folder / "turns.csv"
+    wide(rows).to_csv(path, index=False)
+    console.print(f"turns   {path}", soft_wrap=True)
+
+
+@hookimpl
+def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    grows = ("turns", "max_num_examples")
+    register("multiturn", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    run_benchmark("multiturn", arguments)
+
+
+if __name__ == "__main__":
+    main()
