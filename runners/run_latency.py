@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.latency import Latency, LatencySweep, plain_ids, unless_out_of_memory
 from kvfactory.budget import Share
+from kvfactory.chat import context_window
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
@@ -97,7 +98,7 @@ def make(
         repeats=flags["repeats"],
         memory_bytes=None if memory is None else int(memory * 2**30),
         seed=flags["seed"],
-        window=getattr(model.config, "max_position_embeddings", None),
+        window=context_window(model.config),
         scores=score_source(model, tokenizer, flags) if flags["card"] else None,
     )
     return benchmark, {}

@@ -212,7 +212,7 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
     path = folder / "perplexity.csv"
     figures = ["perplexity", "nll", "scored_tokens"]
     frame = summarise(rows)[["group", "method", "budget", *figures, "examples"]]
-    frame = frame.rename(columns={"group": "text", "examples": "windows"})
+    frame = frame.rename(columns={"group": "text", "examples": "windows"}).astype({"scored_tokens": int})
     said = {name: rows[0].get(name) for name in ("protocol", *SETTINGS, "dtype") if name in rows[0]}
     frame.insert(0, "protocol", said.pop("protocol"))
     frame.assign(**said).to_csv(path, index=False)

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 import click
 import torch
-from transformers import PreTrainedModel
 
 from kvfactory import Engine, UserError, load_model
 from kvfactory.benchmarks.latency import Run, measure
+from kvfactory.chat import check_window
 from kvfactory.cli import GroupedCommand, method_options, part_options, registry_for, run_command
 from kvfactory.errors import require
 from kvfactory.flag_types import BudgetType, OutputFile, PositiveInt
@@ -83,8 +83,9 @@ def benchmark(job: Job, flags: dict[str, Any]) -> dict[str, Any]:
     text = prompt_text(flags["prompt"], flags["prompt_file"]) * flags["prompt_repeats"]
     torch.set_num_threads(default_threads())
     model, tokenizer = load_model(flags["model_path"], flags["attn_implementation"], flags["dtype"], flags["device"])
-    ids, new_tokens = tokenizer.encode(text), flags["max_new_tokens"]
-    check_length(model, len(ids), new_tokens)
+    ids, new_tokens = tokenizer.encode(text, verbose=False), flags["max_new_tokens"]
+    require(bool(ids), "the prompt is empty; give --prompt or --prompt_file some text")
+    check_window(model.config, len(ids) + new_tokens, f"the prompt and --max_new_tokens {new_tokens}")
     engine = Engine(model, tokenizer)
     runs = [measure(engine, [ids], job.method, new_tokens) for _ in range(flags["warmup"] + flags["repeat"])]
     size, counted = runs[0].size, [facts(run, len(ids), new_tokens) for run in runs[flags["warmup"] :]]
@@ -142,15 +143,6 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file {file}: cannot be read: {error}; give a text file in UTF-8") from None
-
-
-def check_length(model: PreTrainedModel, tokens: int, new_tokens: int) -> None:
-    window = getattr(model.config, "max_position_embeddings", None)
-    require(tokens > 0, "the prompt is empty; give --prompt or --prompt_file some text")
-    require(
-        window is None or tokens + new_tokens <= window,
-        f"a prompt of {tokens} tokens and --max_new_tokens {new_tokens} are beyond the model's window of {window}",
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

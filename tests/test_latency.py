@@ -450,7 +450,7 @@ def test_the_script_says_when_nothing_was_evicted(script: ModuleType, tiny: Path
         (["--prompt", ""], ["the prompt is empty"]),
         (["--prompt", "a", "--prompt_file", "b"], ["--prompt_file", "leave one out"]),
         (["--prompt_file", "nowhere.txt"], ["--prompt_file nowhere.txt"]),
-        (["--prompt_repeats", "900"], ["window of 1024"]),
+        (["--prompt_repeats", "900"], ["--max_new_tokens 256", "window is 1024"]),
         (["--window_size", "4"], ["--window_size", "snapkv"]),
     ],
 )

@@ -518,7 +518,7 @@ def test_the_command_writes_a_line_for_each_text_method_and_budget(tiny: Path, t
         said = {
             name: line[name] for name in ("protocol", "prefix", "continuation", "dtype", "scored_tokens", "windows")
         }
-        assert list(said.values()) == ["prefill_then_continue", "64", "8", "float32", "16.0", "2"]
+        assert list(said.values()) == ["prefill_then_continue", "64", "8", "float32", "16", "2"]
     settings = json.loads((tmp_path / "run_meta.json").read_text())["settings"]
     record = load_texts(["qa"])["qa"].record()
     assert settings["sources"]["qa"] == record | {"tokens": settings["sources"]["qa"]["tokens"]}
