@@ -34,8 +34,9 @@ from kvfactory.benchmarks.perplexity import (
     TokenByToken,
     choose_protocol,
 )
-from kvfactory.benchmarks.texts import TEXTS, load_texts
+from kvfactory.benchmarks.texts import TEXTS, first_ids, load_texts
 from kvfactory.budget import Uniform
+from kvfactory.chat import check_window, context_window
 from kvfactory.engine import Engine
 from kvfactory.errors import UserError, require
 from kvfactory.flag_types import CommaList, PositiveInt
@@ -174,10 +175,10 @@ def make(
     protocol = protocol_of(flags)
     check_windows(protocol, model)
     texts = texts_of(flags)
-    # verbose=False: a text longer than the model's window is no reason for a warning
-    ids = {name: tokenizer.encode(text.text, verbose=False)[: flags["max_tokens"]] for name, text in texts.items()}
+    most = min((each for each in (flags["max_tokens"], protocol.reads()) if each is not None), default=None)
+    ids = {name: first_ids(tokenizer, text.text, most) for name, text in texts.items()}
     facts = {"dtype": str(model.dtype).removeprefix("torch.")}
-    sources = {name: text.record() | {"tokens": len(ids[name])} for name, text in texts.items()}
+    sources = {name: text.record() for name, text in texts.items()}
     return Perplexity(protocol, ids, facts), {"sources": sources, **protocol.record()}
 
 
@@ -186,18 +187,20 @@ def texts_of(flags: dict[str, Any]) -> dict[str, Haystack]:
     if flags["text"] is None:
         return load_texts(flags["texts"] or TEXTS)
     require(flags["texts"] is None, "--text and --texts each say what is read; give one of them")
-    return {Path(flags["text"]).name: load_haystack(flags["text"], "--text")}
+    return {Path(flags["text"]).resolve().name: load_haystack(flags["text"], "--text")}
 
 
 def check_windows(protocol: Protocol, model: PreTrainedModel) -> None:
     """Say what should be known of windows of this length; raises `UserError` for those that the model cannot read so."""
-    limit = getattr(model.config, "max_position_embeddings", None) or protocol.size
-    beyond = f"{protocol.flags()}: windows have {protocol.size} tokens and this model was made for {limit}"
     notices = [protocol.notice] if protocol.notice else []
-    if protocol.evicts_on_the_way and protocol.size > limit:
-        notices.append(f"{beyond}; what keeps more than that, or goes by true positions, breaks there")
+    window = context_window(model.config)
+    if protocol.evicts_on_the_way and window and protocol.size > window:
+        notices.append(
+            f"{protocol.flags()}: the model's window is {window}; what keeps more than that, or goes by true positions, "
+            "breaks behind it"
+        )
     else:
-        require(protocol.size <= limit, f"{beyond}; give fewer")
+        check_window(model.config, protocol.size, protocol.flags())
     sliding = family_of(model, get_registry().families).sliding_window(model.config)
     require(
         protocol.mask_by is None or sliding is None or protocol.size <= sliding,

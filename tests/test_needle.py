@@ -738,6 +738,16 @@ def test_a_folder_is_read_in_order_of_name_and_joined_with_nothing(tmp_path):
     assert load_haystack(tmp_path / "c.md").text == "Never."
 
 
+def test_rows_of_a_jsonl_file_are_joined_with_empty_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": ""}\r\n{"text": " = A = \\n"}\n\n{"text": "b"}\n')
+    assert load_haystack(path).text == "\n\n = A = \n\n\nb"
+    for line in ("[1]", "oops", '{"text": 3}', '{"no": ""}'):
+        path.write_text(f'{{"text": "a"}}\n{line}\n')
+        with pytest.raises(UserError, match=r"--text .*rows.jsonl:2: not a row"):
+            load_haystack(path, "--text")
+
+
 def test_a_haystack_that_is_not_there(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

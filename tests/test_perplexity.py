@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, models
+from kvfactory.benchmarks import texts
 from kvfactory.benchmarks.one_pass import attending
 from kvfactory.benchmarks.perplexity import (
     PROTOCOLS,
@@ -33,7 +34,7 @@ from kvfactory.benchmarks.perplexity import (
     TokenByToken,
     choose_protocol,
 )
-from kvfactory.benchmarks.texts import MODULES, load_texts
+from kvfactory.benchmarks.texts import MODULES, first_ids, load_texts
 from kvfactory.errors import UserError
 from kvfactory.jobs import Job
 from kvfactory.registry import get_registry
@@ -413,8 +414,8 @@ BAD = [
     (["--seqlen", 64], ["--seqlen 64", "prefill_then_continue takes --prefix, --continuation, --stride, --windows"]),
     (["--protocol", "strided", "--seqlen", 64], ["--stride 512", "--seqlen 64"]),
     (["--protocol", "disjoint", "--seqlen", 1], ["--seqlen 1", "2 tokens or more"]),
-    (["--protocol", "disjoint", "--seqlen", 1025], ["--seqlen 1025", "1025 tokens", "made for 1024"]),
-    (["--prefix", 1020], ["--prefix 1020 --continuation 256", "1276 tokens", "made for 1024"]),
+    (["--protocol", "disjoint", "--seqlen", 1025], ["--seqlen 1025", "window is 1024"]),
+    (["--prefix", 1020], ["--prefix 1020 --continuation 256: 1276 tokens", "window is 1024"]),
     (
         ["--protocol", "disjoint", "--seqlen", 64, "--method", "fullkv,h2o,snapkv"],
         ["--method h2o, snapkv", "token_by_token"],
@@ -465,7 +466,7 @@ def test_beyond_the_models_window_only_token_by_token_goes(capsys: Any) -> None:
     check_windows(Disjoint(seqlen=512), tiny_model())
     check_windows(PrefillThenContinue(prefix=100, continuation=100), tiny_model("mistral-window"))
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="--seqlen 513: windows have 513 tokens"):
+    with pytest.raises(UserError, match="--seqlen 513: 513 tokens"):
         check_windows(Strided(seqlen=513), tiny_model())
     with pytest.raises(UserError, match="sliding window, 24 tokens"):
         check_windows(LeakySinglePass(seqlen=25), tiny_model("mistral-window"))
@@ -481,13 +482,43 @@ def test_every_protocol_is_made_from_flags_that_it_has() -> None:
         choose_protocol("disjiont", {})
 
 
+def test_of_a_long_text_only_the_beginning_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, prose = models.load_tokenizer(), load_texts(["narrative"])["narrative"].text
+    whole = tokenizer.encode(prose, verbose=False)
+    assert first_ids(tokenizer, prose) == whole and first_ids(tokenizer, prose, 5) == whole[:5]
+    monkeypatch.setattr(texts, "BEGINNING", 20_001)
+    seen: list[int] = []
+    plain = type(tokenizer).encode
+
+    def watched(tokenizer: Any, text: str, **options: Any) -> list[int]:
+        seen.append(len(text))
+        return plain(tokenizer, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", watched)
+    assert first_ids(tokenizer, prose, 3000) == whole[:3000] and seen == [20_001]
+    assert first_ids(tokenizer, prose, 9000) == whole[:9000] and seen == [20_001, 20_001, len(prose)]
+
+
+@given(tokens=st.integers(2, 400), sizes=st.tuples(*[st.integers(1, 60)] * 4))
+def test_a_protocol_reads_no_further_than_it_says(tokens: int, sizes: tuple[int, int, int, int]) -> None:
+    prefix, continuation, stride, windows = sizes
+    for protocol in (
+        PrefillThenContinue(prefix=prefix, continuation=continuation, stride=stride, windows=windows),
+        TokenByToken(tokens=prefix + 1),
+    ):
+        most = protocol.reads()
+        assert most is not None and protocol.cut(tokens) == protocol.cut(min(tokens, most))
+        reached = [window.end for window in protocol.cut(10_000)]
+        assert reached[-1] == most
+
+
 def test_embedded_texts_say_what_they_are() -> None:
-    texts = load_texts(["narrative", "code", "qa", "code"])
-    assert list(texts) == ["narrative", "code", "qa"]
-    for text in texts.values():
+    made = load_texts(["narrative", "code", "qa", "code"])
+    assert list(made) == ["narrative", "code", "qa"]
+    for text in made.values():
         assert len(text.text) > 20_000 and text.record()["characters"] == len(text.text)
-    assert "import" in texts["code"].text and texts["code"].name == ", ".join(MODULES)
-    passage, answered = texts["narrative"].text, texts["qa"].text
+    assert "import" in made["code"].text and made["code"].name == ", ".join(MODULES)
+    passage, answered = made["narrative"].text, made["qa"].text
     for piece in passage.split("\n\n"):
         assert piece in answered
     question = answered.index("Question: ")
@@ -520,11 +551,10 @@ def test_the_command_writes_a_line_for_each_text_method_and_budget(tiny: Path, t
         }
         assert list(said.values()) == ["prefill_then_continue", "64", "8", "float32", "16", "2"]
     settings = json.loads((tmp_path / "run_meta.json").read_text())["settings"]
-    record = load_texts(["qa"])["qa"].record()
-    assert settings["sources"]["qa"] == record | {"tokens": settings["sources"]["qa"]["tokens"]}
+    assert settings["sources"]["qa"] == load_texts(["qa"])["qa"].record()
     capsys.readouterr()
     said = refused(command(tiny, tmp_path, *protocol, *methods, "--max_tokens", 400), capsys)
-    assert "--max_tokens was null, is 400" in said
+    assert "--max_tokens was not set, is 400" in said
 
 
 def test_a_text_of_the_users_own_and_the_same_with_other_line_ends(tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ first needle test would have put it (`insert_needle`).
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import TYPE_CHECKING, Any
 
-from kvfactory.errors import UserError
+from kvfactory.errors import UserError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Haystack:
 def load_haystack(path: str | Path | None = None, flag: str = "--haystack") -> Haystack:
     """The text of a file, of a folder's .txt files joined in order of name, or else the default.
 
+    The rows of a .jsonl file, their `text`, are joined with empty lines between, as papers do with WikiText-2's.
     UserError, which names the `flag`, for a path that holds no text.
     """
     return _documentation() if path is None else _files(Path(path), flag)
@@ -84,11 +86,23 @@ def _files(path: Path, flag: str) -> Haystack:
 
 def _read(file: Path, flag: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
+        text = file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {file}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror}; give a text file or a folder of .txt files") from error
+    return "\n\n".join(_row_texts(text, f"{flag} {file}")) if file.suffix == ".jsonl" else text
+
+
+def _row_texts(lines: str, where: str) -> Iterator[str]:
+    for number, line in enumerate(lines.split("\n"), start=1):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, TypeError, KeyError):
+                text = None
+            require(isinstance(text, str), f'{where}:{number}: not a row; expected {{"text": "..."}}')
+            yield text
 
 
 class TokenizedHaystack:

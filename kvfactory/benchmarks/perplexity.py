@@ -65,6 +65,10 @@ class Protocol(ABC):
         """What gives a window its length, as a command line has it."""
         return " ".join(f"--{name} {getattr(self, name)}" for name in self.sizes)
 
+    def reads(self) -> int | None:
+        """Tokens of a text that its windows reach at most; None for all."""
+        return None
+
     def record(self) -> dict[str, Any]:
         """What rows and run_meta.json say of it; how many windows there may be changes none of them."""
         return {name: value for name, value in asdict(self).items() if name != "windows" and value is not None}
@@ -134,6 +138,9 @@ class TokenByToken(Protocol):
     evicts_on_the_way = True
     tokens: int = 2048
 
+    def reads(self) -> int:
+        return self.tokens
+
     def cut(self, tokens: int) -> list[Window]:
         end = min(tokens, self.tokens)
         return [Window(0, end, end - 1)] if end > 1 else []
@@ -151,6 +158,9 @@ class PrefillThenContinue(Protocol):
     """Tokens from one window's beginning to the next; a window's length if not given."""
     windows: int = 8
     """Of each text, at most."""
+
+    def reads(self) -> int:
+        return (self.windows - 1) * (self.stride or self.size) + self.size
 
     def cut(self, tokens: int) -> list[Window]:
         begins = range(0, tokens - self.size + 1, self.stride or self.size)[: self.windows]
