@@ -177,7 +177,7 @@ class CompressedCache(Cache):
         method = caches[0].prompt_attention
         if method is None or (self.window is not None and self.window < context.num_tokens):
             return None
-        return method.prefill_attention(context.layer_index, context.queries, context.keys, context.values)
+        return method.prefill_attention(context)
 
     def _context(self, layer: LayerBatch, row: int) -> LayerContext:
         start = self._padding[row]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .context import LayerContext
 from .stores import Reading
 
 
@@ -34,12 +35,11 @@ class Kernel:
 class PromptAttention(Protocol):
     """A method with an attention of its own over its prompt: a `Method` that has this too gets a prefill of its own."""
 
-    def prefill_attention(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        """The attention of one prompt to itself in one layer.
+    def prefill_attention(self, layer: LayerContext) -> Tensor | None:
+        """The attention of one prompt to itself in one layer, which is given to `compress` afterwards.
 
-        `query` is [query_heads, tokens, dim], `key` and `value` are [kv_heads, tokens, dim], all rotated and without
-        padding. The output is shaped like the query; None leaves this prompt to the model's own kernel. That runs too where
-        a sliding window is shorter than the prompt: nobody asks here then.
+        The output is shaped like `layer.queries`; None leaves this prompt to the model's own kernel. That runs too where a
+        sliding window is shorter than the prompt: nobody asks here then.
         """
 
 

@@ -222,11 +222,12 @@ class MInference(Method):
             case _:
                 return vertical_and_slash(query, key, *sizes, self.last_queries, self.block_size)
 
-    def prefill_attention(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    def prefill_attention(self, layer: LayerContext) -> Tensor | None:
         """See `kvfactory.kernels.PromptAttention`; None if no head leaves anything out."""
+        query, key, value = layer.queries, layer.keys, layer.values
         group = len(query) // len(key)
         heads = [(query[head], key[head // group], value[head // group]) for head in range(len(query))]
-        patterns = [self.pattern(layer_index, head) for head in range(len(query))]
+        patterns = [self.pattern(layer.layer_index, head) for head in range(len(query))]
         choices = [self.choose(pattern, q, k) for pattern, (q, k, _) in zip(patterns, heads, strict=True)]
         if not any(choices):
             return None

@@ -37,7 +37,6 @@ from kvfactory.benchmarks.perplexity import (
 from kvfactory.benchmarks.texts import TEXTS, first_ids, load_texts
 from kvfactory.budget import Uniform
 from kvfactory.chat import check_window, context_window
-from kvfactory.engine import Engine
 from kvfactory.errors import UserError, require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
@@ -80,24 +79,11 @@ OPTIONS = [
 
 
 class PerplexitySweep(Sweep):
-    """In one pass methods act before attention; where there is no prompt, a row's size is that of the cache at its end."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        benchmark: Benchmark,
-        jobs: Sequence[Job],
-        *rest: Any,
-    ) -> None:
-        assert isinstance(benchmark, Perplexity)
-        self.protocol = benchmark.protocol
-        if mask_by := self.protocol.mask_by:
-            jobs = [replace(job, method=attending(job.method, mask_by, engine.model)) for job in jobs]
-        super().__init__(engine, tokenizer, benchmark, jobs, *rest)
+    """Where there is no prompt, a row's size is that of the cache at its end."""
 
     def _row(self, ended: Running) -> Row:
-        if self.protocol.evicts_on_the_way:
+        assert isinstance(self.benchmark, Perplexity)
+        if self.benchmark.protocol.evicts_on_the_way:
             fed = ended.sequence.cache.seen
             whole = replace(ended.sequence, prompt_tokens=fed)
             ended.footprint = footprint(whole, full_cache_bytes(self.engine.model, fed))
@@ -136,6 +122,7 @@ def jobs(registry: Registry, flags: dict[str, Any], settings: dict[str, Any]) ->
             f"--protocol {protocol.name} scores a text in one pass, and what this does comes after it; give --protocol "
             f"{TokenByToken.name} or {PrefillThenContinue.name}",
         )
+        return [replace(job, method=attending(job.method, protocol.mask_by)) for job in made]
     return made
 
 

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 import kvfactory.sparse
-from kvfactory import Engine, Method, Sequence, compress, load_method
+from kvfactory import Engine, LayerContext, Method, Sequence, compress, load_method
 from kvfactory.errors import UserError
 from kvfactory.kernels import PromptAttention
 from kvfactory.sparse import Blocks, Lines, sparse_attention
@@ -164,10 +164,10 @@ def test_heads_of_a_group_have_patterns_of_their_own() -> None:
     query, key, value = (torch.randn(heads, 101, 8, generator=generator) for heads in (8, 2, 2))
     layers = [None, {"1": ["stream_llm", 2, 5, 1.0], "6": ["block_sparse", 0, 0, 1.0], "7": None}]
     method = MInference(patterns=write(json.dumps(layers)), block_size=16, block_count=2)
-    assert method.prefill_attention(0, query, key, value) is None, (
+    assert method.prefill_attention(LayerContext(0, 2, query, key, value)) is None, (
         "the default pattern leaves nothing out of 101 tokens"
     )
-    output = method.prefill_attention(1, query, key, value)
+    output = method.prefill_attention(LayerContext(1, 2, query, key, value))
     assert output is not None
     for head, kind in enumerate(["", "stream_llm", "", "", "", "", "block_sparse", ""]):
         q, k, v = query[head], key[head // 4], value[head // 4]

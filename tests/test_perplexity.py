@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, models
 from kvfactory.benchmarks import texts
-from kvfactory.benchmarks.one_pass import attending
+from kvfactory.benchmarks.one_pass import AttendToKept, attending
 from kvfactory.benchmarks.perplexity import (
     PROTOCOLS,
     Disjoint,
@@ -293,7 +293,7 @@ def test_in_one_pass_tokens_attend_to_what_few_bits_make_of_those_before(tmp_pat
     [quantised] = jobs_of(Disjoint(), FEW_BITS)
 
     def kept(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        store = compress_layer(quantised.method, q, k, v)
+        store = compress_layer(quantised.method.method, q, k, v)
         return store.keys(), store.values(), store.positions()
 
     few = rows[FEW_BITS]
@@ -354,10 +354,10 @@ def test_by_position_a_query_sees_what_is_kept_up_to_it(tmp_path: Path) -> None:
     def kept(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return list(k[:, ::3]), list(v[:, ::3]), [torch.arange(0, 40, 3)] * len(k)
 
-    [sequence] = engine.prefill(text, [attending(EveryThird(), "position", tiny_model())], losses=True)
+    [sequence] = engine.prefill(text, [attending(EveryThird(), "position")], losses=True)
     assert sequence.losses == pytest.approx(losses_slowly(text, kept), abs=1e-4)
     with pytest.raises(UserError, match="EveryThird leaves a head of layer 0 nothing that the first token may see"):
-        engine.prefill(text, [attending(EveryThird(first=1), "position", tiny_model())])
+        engine.prefill(text, [attending(EveryThird(first=1), "position")])
 
 
 def test_a_layer_is_compressed_as_the_model_has_it() -> None:
@@ -365,8 +365,9 @@ def test_a_layer_is_compressed_as_the_model_has_it() -> None:
     specs = ["pyramidkv:window_size=4", "semantic", "streamingllm:cache_positions=true"]
     engine, text = Engine(tiny_model()), ids(10, 80)
     for job in jobs_of(LeakySinglePass(), *specs, budget=24):
-        [alone] = engine.prefill(text, [job.method])
-        [wrapped] = engine.prefill(text, [attending(job.method, "index", tiny_model())])
+        assert isinstance(job.method, AttendToKept)
+        [alone] = engine.prefill(text, [job.method.method])
+        [wrapped] = engine.prefill(text, [job.method])
         assert wrapped.cache.kept()[0] == alone.cache.kept()[0], "the first layer sees the same either way"
         assert wrapped.cache.method.settings() == job.method.settings()
         assert not torch.equal(wrapped.logits, alone.logits)

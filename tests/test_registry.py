@@ -480,7 +480,7 @@ def behaviour(method: Method) -> list[Any]:
     seen: list[Any] = []
     if isinstance(method, PromptAttention):
         long = [torch.randn(heads, 200, 8, generator=torch.Generator().manual_seed(heads)) for heads in (8, 4, 4)]
-        seen.append(flat(method.prefill_attention(0, *long)))
+        seen.append(flat(method.prefill_attention(LayerContext(0, 1, *long))))
     stores = method.finish(stores, Prompt(list(range(70)), feed, torch.device("cpu")))
     for store in stores:
         seen += [store.nbytes(), flat(store.positions()), flat(store.keys()), flat(store.values())]

@@ -6,20 +6,17 @@ tokens cost. Here each layer is compressed first, and its queries attend to what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from kvfactory.attention import Patch
 from kvfactory.context import LayerContext
 from kvfactory.errors import require
 from kvfactory.kernels import KERNELS, PromptAttention, decode_attention
 from kvfactory.method import Method
 from kvfactory.parts import Part
-from kvfactory.registry import get_registry
 from kvfactory.stores import Reading, Store, consecutive, spread
 
 MaskBy = Literal["position", "index"]
@@ -37,27 +34,29 @@ class AttendToKept(Method):
     method: Method
     mask_by: MaskBy
     """A query sees entries of no later position. By index, the n-th query sees the first n entries, whatever those are."""
-    num_layers: int
-    inverse_frequencies: Tensor | None = field(default=None, compare=False)
 
     def compress(self, layer: LayerContext) -> Store:
-        return self.method.compress(layer)
+        return self._kept(layer).fork()
 
-    def prefill_attention(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    def _kept(self, layer: LayerContext) -> Store:
+        return layer.shared((type(self), self.method), lambda: self.method.compress(layer))
+
+    def prefill_attention(self, layer: LayerContext) -> Tensor | None:
         """See `kvfactory.kernels.PromptAttention`; raises `UserError` where a query would see nothing."""
-        layer = LayerContext(layer_index, self.num_layers, query, key, value, None, self.inverse_frequencies)
-        store = self.method.compress(layer)
+        store = self._kept(layer)
         keys, values, positions = store.keys(), store.values(), store.positions()
-        if all(map(torch.equal, [*keys, *values], [*spread(key, len(keys)), *spread(value, len(keys))])):
+        heads = len(keys)
+        if all(map(torch.equal, [*keys, *values], [*spread(layer.keys, heads), *spread(layer.values, heads)])):
             return None
         if self.mask_by == "index":
             positions = [consecutive(0, len(each), each.device) for each in positions]
         require(
             all(len(each) > 0 and int(each[0]) == 0 for each in positions),
-            f"{type(self.method).__name__} leaves a head of layer {layer_index} nothing that the first token may see; "
+            f"{type(self.method).__name__} leaves a head of layer {layer.layer_index} nothing that the first token may see; "
             "in one pass that means nothing, so feed the text token by token",
         )
-        return decode_attention(KERNELS["sdpa"], query, Reading(keys, values, lambda: positions), 0, None, False)[0]
+        reading = Reading(keys, values, lambda: positions)
+        return decode_attention(KERNELS["sdpa"], layer.queries, reading, 0, None, False)[0]
 
     @property
     def memory(self) -> Literal["physical", "nominal"]:
@@ -78,14 +77,6 @@ def acts_in_one_pass(method: Method) -> bool:
     return type(method).finish is Method.finish and getattr(method, "retrieval", None) is None
 
 
-def attending(method: Method, mask_by: MaskBy, model: PreTrainedModel) -> Method:
+def attending(method: Method, mask_by: MaskBy) -> Method:
     """The method as it is in one pass: one that attends to its prompt in a way of its own goes on doing so."""
-    if isinstance(method, PromptAttention):
-        return method
-    cache = Patch(model, get_registry().families).new_cache([])
-    return AttendToKept(
-        method=method,
-        mask_by=mask_by,
-        num_layers=model.config.num_hidden_layers,
-        inverse_frequencies=cache.inverse_frequencies,
-    )
+    return method if isinstance(method, PromptAttention) else AttendToKept(method=method, mask_by=mask_by)
