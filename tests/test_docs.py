@@ -32,8 +32,12 @@ from kvfactory import (
 )
 from kvfactory.benchmarks import Benchmark, Example
 from kvfactory.benchmarks.haystack import load_haystack
+from kvfactory.benchmarks.latency import Latency, LatencySweep
 from kvfactory.benchmarks.longbench import LongBench
+from kvfactory.benchmarks.multiturn import Conversation, MultiTurn, Turn
 from kvfactory.benchmarks.needle import STYLES, Needle
+from kvfactory.benchmarks.perplexity import PROTOCOLS, Perplexity
+from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
 from kvfactory.jobs import make_jobs
 from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
 from kvfactory.registry import Registry, get_registry
@@ -296,6 +300,48 @@ def test_every_field_that_longbench_adds_is_explained(tmp_path: Path) -> None:
     bench = LongBench(None, ["gov_report", "qasper"], data_dir=tmp_path, max_prompt_tokens=100, chat=False)
     added = {name for each in bench.examples() for name in (*each.info, *bench.score(each, "Rain."))}
     assert table(RESULTS, "LongBench") == added - {"score"}
+
+
+def added_by(benchmark: Benchmark) -> set[str]:
+    """The fields that the rows of a benchmark's first example have beside everybody's."""
+    first = benchmark.examples()[0]
+    measured = benchmark.measure(first, [1.0] * 9) if first.answers == [] else benchmark.score(first, "yes")
+    ability = set() if first.ability is None else {"ability"}
+    return ({*first.info, *measured} | ability) - {"score"}
+
+
+@WITH_THE_EMBEDDED_MODEL
+def test_every_field_that_ruler_and_conversations_add_is_explained() -> None:
+    tokenizer = load_tokenizer()
+    ruler = GeneratedRuler(tokenizer, tasks=["vt"], lengths=[1024], samples=1, sources=Sources())
+    assert table(RESULTS, "RULER") == added_by(ruler)
+    talk = Conversation("It rained.", [Turn("Did it rain?", ["yes"])])
+    assert table(RESULTS, "multiturn") == added_by(MultiTurn(tokenizer, [talk], history="own"))
+
+
+def test_every_field_that_perplexity_adds_is_explained() -> None:
+    protocols = [protocol() for protocol in PROTOCOLS.values()]
+    of_protocols = {name for protocol in protocols for name in protocol.record()} | {"stride"}
+    fields = {
+        name for each in protocols for name in added_by(Perplexity(each, {"a": [1] * 4096}, {"dtype": "float32"}))
+    }
+    explained = table(RESULTS, "perplexity")
+    assert explained == fields - of_protocols
+    listed = RESULTS.split("| `protocol` |")[1].split("\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == of_protocols
+
+
+def test_every_field_that_latency_adds_is_explained(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), SimpleNamespace()
+    benchmark = Latency(vocabulary=range(9), lengths=[20], new_tokens=2, warmup=0, repeats=1, memory_bytes=2**30)
+    with RunFolder.open(tmp_path, {}, environment={}) as folder:
+        sweep = LatencySweep(
+            Engine(model), tokenizer, benchmark, make_jobs(get_registry(), ["fullkv"], [16]), folder, ()
+        )
+        sweep.run()
+        [row] = sweep.rows()
+    on_a_gpu = {"peak_bytes", "peak_reserved_bytes", "allocated_before_bytes"}
+    assert table(RESULTS, "latency") == (set(row) | on_a_gpu | {"peak_rss_bytes"}) - table(RESULTS, "field")
 
 
 def test_every_room_is_in_the_architecture() -> None:
