@@ -15,7 +15,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.multiturn import HISTORIES, MultiTurn, read_conversations
+from kvfactory.benchmarks.multiturn import HISTORIES, MultiTurn, conversations_of, read_conversations
+from kvfactory.benchmarks.reading import read_passages
 from kvfactory.chat import check_window, has_chat_template
 from kvfactory.flag_types import PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
@@ -53,7 +54,8 @@ def make(
 ) -> tuple[Benchmark, dict[str, Any]]:
     wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
     path = flags["conversations"]
-    conversations = (read_conversations(path) if path else passages())[: flags["max_num_examples"]]
+    conversations = read_conversations(path) if path else conversations_of(read_passages())
+    conversations = conversations[: flags["max_num_examples"]]
     benchmark = MultiTurn(
         tokenizer,
         conversations,

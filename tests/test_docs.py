@@ -37,6 +37,7 @@ from kvfactory.benchmarks.longbench import LongBench
 from kvfactory.benchmarks.multiturn import Conversation, MultiTurn, Turn
 from kvfactory.benchmarks.needle import STYLES, Needle
 from kvfactory.benchmarks.perplexity import PROTOCOLS, Perplexity
+from kvfactory.benchmarks.reading import Reading, read_passages
 from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
 from kvfactory.jobs import make_jobs
 from kvfactory.models import EMBEDDED_PACKAGE, load_tokenizer
@@ -311,8 +312,10 @@ def added_by(benchmark: Benchmark) -> set[str]:
 
 
 @WITH_THE_EMBEDDED_MODEL
-def test_every_field_that_ruler_and_conversations_add_is_explained() -> None:
+def test_every_field_that_tasks_with_questions_add_is_explained() -> None:
     tokenizer = load_tokenizer()
+    reading = Reading(tokenizer, read_passages(), kinds=["fill the blank"])
+    assert table(RESULTS, "reading") | {"ability"} == added_by(reading)
     ruler = GeneratedRuler(tokenizer, tasks=["vt"], lengths=[1024], samples=1, sources=Sources())
     assert table(RESULTS, "RULER") == added_by(ruler)
     talk = Conversation("It rained.", [Turn("Did it rain?", ["yes"])])

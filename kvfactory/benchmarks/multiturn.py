@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.benchmarks.reading import Passage
 from kvfactory.chat import chat_ids, newline_id, next_turn_ids, split_chat_ids
 from kvfactory.errors import UserError, require
 from kvfactory.metrics import normalize_answer, qa_f1_score
@@ -41,6 +42,14 @@ class Conversation:
 
     context: str
     turns: list[Turn]
+
+
+def conversations_of(passages: Sequence[Passage]) -> list[Conversation]:
+    """The questions about each passage in the order in which they stand there."""
+    return [
+        Conversation(each.text, [Turn(asked.text, [asked.answer], asked.prefix) for asked in each.questions])
+        for each in passages
+    ]
 
 
 def read_conversations(path: Path) -> list[Conversation]:

@@ -112,7 +112,7 @@ def print_table(frame: pd.DataFrame, console: Console) -> None:
                 notes = [f"beyond this model, differences are noise: {beyond[str(group)]}"] if group in beyond else []
                 console.print(_table(f"{benchmark}: {group}", lines, notes), "")
         if groups > 1 and "score" in part:
-            notes = [f"{len(beyond)} of them beyond this model: {', '.join(beyond)}"] if beyond else []
+            notes = [f"{len(beyond)} of them beyond this model: {'; '.join(beyond)}"] if beyond else []
             console.print(_table(f"{benchmark}: average of {groups} groups", overall(part), notes), "")
 
 
