@@ -45,11 +45,17 @@ class Conversation:
 
 
 def conversations_of(passages: Sequence[Passage]) -> list[Conversation]:
-    """The questions about each passage in the order in which they stand there."""
-    return [
-        Conversation(each.text, [Turn(asked.text, [asked.answer], asked.prefix) for asked in each.questions])
-        for each in passages
-    ]
+    """The questions about each passage that a guess does not answer, each time from another one on.
+
+    So every turn has questions of all kinds.
+    """
+    talks = []
+    for number, each in enumerate(passages):
+        asked = [question for question in each.questions if question.kind != "true or false"]
+        first = number % max(len(asked), 1)
+        turns = [Turn(one.text, [one.answer], one.prefix) for one in (*asked[first:], *asked[:first])]
+        talks.append(Conversation(each.text, turns))
+    return talks
 
 
 def read_conversations(path: Path) -> list[Conversation]:
