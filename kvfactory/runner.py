@@ -69,7 +69,7 @@ class Runner:
     """How examples are run."""
 
 
-def benchmark_command(name: str, registry: Registry) -> click.Command:
+def benchmark_command(name: str, registry: Registry) -> GroupedCommand:
     """The command of a registered benchmark.
 
     Raises `UserError` for an unknown name.

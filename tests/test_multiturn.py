@@ -122,11 +122,14 @@ def test_files_of_both_forms_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["nothing"]),
+        ("", ["no conversation"]),
         ("{oops", [":1", "not JSON"]),
-        ('{"context": "c", "turns": [{"question": "q", "answers": "a"}]}\n[1]', [":2", "no context"]),
-        ('{"context": 5}', [":1", "no context"]),
-        ('{"context": "c"}', [":1", "no turns"]),
+        (
+            '{"context": "c", "turns": [{"question": "q", "answers": "a"}]}\n[1]',
+            [":2", "expected an object, found list"],
+        ),
+        ('{"context": 5}', [":1", "'context' is missing or not a text"]),
+        ('{"context": "c"}', [":1", "'turns' is missing"]),
         ('{"context": "c", "turns": []}', [":1", "no turns"]),
         ('{"context": "c", "turns": [{"answer": "a"}]}', [":1, turn 1", "no question"]),
         ('{"context": "c", "turns": [{"input": "q", "answer": 4}]}', [":1, turn 1", "no answers"]),

@@ -160,8 +160,8 @@ def test_a_list_and_lines_are_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["no passages"]),
-        ("[]", ["no passages"]),
+        ("", ["no passage in it"]),
+        ("[]", ["no passage in it"]),
         ("{", [":1", "not JSON"]),
         ("[3]", ["passage 1", "expected an object"]),
         ('[{"title": "t", "text": 3, "questions": [{}]}]', ["passage 1, question 1", "'kind'"]),

@@ -7,16 +7,16 @@ the cache as the model gave them, or, golden, as they should have been, so that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.benchmarks.json_rows import field_of, read_json_rows
 from kvfactory.benchmarks.reading import Passage
 from kvfactory.chat import chat_ids, newline_id, next_turn_ids, split_chat_ids
-from kvfactory.errors import UserError, require
+from kvfactory.errors import require
 from kvfactory.metrics import normalize_answer, qa_f1_score
 
 if TYPE_CHECKING:
@@ -63,43 +63,23 @@ def read_conversations(path: Path) -> list[Conversation]:
 
     A turn may say `input` and `answer` as SCBench's do, and have a `prefix`. Raises UserError that names line and turn.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--conversations {path}: not a text file in UTF-8 ({error})") from error
-    if text.lstrip().startswith("["):
-        rows = [(f"{path}, conversation {n}", row) for n, row in enumerate(_parsed(text, str(path)), start=1)]
-    else:
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [(where, _parsed(line, where)) for where, line in lines]
-    require(bool(rows), f"--conversations {path}: there is nothing in it")
-    return [_conversation(row, where) for where, row in rows]
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
+    return [_conversation(row, where) for where, row in read_json_rows(path, "--conversations", "conversation")]
 
 
 def _conversation(row: Any, where: str) -> Conversation:
-    expected = 'expected {"context": "...", "turns": [{"question": "...", "answers": ["..."]}]}'
-    require(isinstance(row, dict) and isinstance(row.get("context"), str), f"{where}: no context; {expected}")
-    turns = row.get("turns", row.get("multi_turns"))
-    require(isinstance(turns, list) and bool(turns), f"{where}: no turns; {expected}")
-    return Conversation(row["context"], [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, start=1)])
+    context = field_of(row, "context", str, where)
+    turns = row["multi_turns"] if "multi_turns" in row else field_of(row, "turns", list, where)
+    require(isinstance(turns, list) and bool(turns), f"{where}: there are no turns in it")
+    return Conversation(context, [_turn(turn, f"{where}, turn {n}") for n, turn in enumerate(turns, start=1)])
 
 
 def _turn(turn: Any, where: str) -> Turn:
-    fields = turn if isinstance(turn, dict) else {}
-    question, answers = fields.get("question", fields.get("input")), fields.get("answers", fields.get("answer"))
+    prefix = field_of(turn, "prefix", str, where, "")
+    question, answers = turn.get("question", turn.get("input")), turn.get("answers", turn.get("answer"))
     answers = [answers] if isinstance(answers, str) else answers
     require(isinstance(question, str), f"{where}: no question; expected a text in 'question' or 'input'")
     texts = isinstance(answers, list) and all(isinstance(each, str) for each in answers)
     require(texts, f"{where}: no answers; expected a text or a list of texts in 'answers' or 'answer'")
-    prefix = fields.get("prefix", "")
-    require(isinstance(prefix, str), f"{where}: 'prefix' is not a text")
     return Turn(str(question), list(answers or []), prefix)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.benchmarks.json_rows import field_of, read_json_rows
 from kvfactory.chat import chat_ids, newline_id
 from kvfactory.errors import UserError, require, unknown
 from kvfactory.metrics import normalize_answer, qa_f1_score
@@ -29,6 +30,8 @@ PLACEMENTS = {
     "after": "{text}\n\n{question}",
 }
 """Where the question stands."""
+PASSAGES = resources.files("kvfactory.benchmarks").joinpath("reading.json")
+"""Those that come along."""
 TRUTH = {"true": "true", "yes": "true", "false": "false", "no": "false"}
 
 
@@ -74,44 +77,22 @@ def read_passages(path: Path | None = None) -> list[Passage]:
     is wrong.
     """
     if path is None:
-        text, where = (
-            resources.files("kvfactory.benchmarks").joinpath("reading.json").read_text("utf-8"),
-            "reading.json",
-        )
-    else:
-        where = f"--passages {path}"
-        try:
-            text = path.read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: not a text file in UTF-8 ({error})") from error
-    if text.lstrip().startswith("["):
-        rows = _parsed(text, where)
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_parsed(line, f"{where}:{number}") for number, line in lines if line.strip()]
-    require(bool(rows), f"{where}: there are no passages in it")
-    return [_passage(row, f"{where}, passage {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
+        return [_passage(row, PASSAGES.name) for row in json.loads(PASSAGES.read_text("utf-8"))]
+    return [_passage(row, where) for where, row in read_json_rows(path, "--passages", "passage")]
 
 
 def _passage(row: Any, where: str) -> Passage:
-    questions = _field(row, "questions", list, where)
+    questions = field_of(row, "questions", list, where)
     require(bool(questions), f"{where}: it has no questions")
     asked = [_question(each, f"{where}, question {number}") for number, each in enumerate(questions, start=1)]
-    return Passage(_field(row, "title", str, where), _field(row, "text", str, where), tuple(asked))
+    return Passage(field_of(row, "title", str, where), field_of(row, "text", str, where), tuple(asked))
 
 
 def _question(row: Any, where: str) -> Question:
-    kind, answer = _field(row, "kind", str, where), _field(row, "answer", str, where)
+    kind, answer = field_of(row, "kind", str, where), field_of(row, "answer", str, where)
     if kind not in KINDS:
         raise UserError(f"{where}: {unknown('kind', kind, KINDS)}")
-    options = _field(row, "options", list, where, [])
+    options = field_of(row, "options", list, where, [])
     require(all(isinstance(each, str) for each in options), f"{where}: 'options' is not a list of texts")
     if kind in ("multiple choice", "matching"):
         require(
@@ -120,16 +101,8 @@ def _question(row: Any, where: str) -> Question:
     if kind == "true or false":
         require(answer in ("true", "false"), f"{where}: the answer is '{answer}'; expected true or false")
     require(bool(normalize_answer(answer)), f"{where}: the answer '{answer}' has no word in it")
-    texts = {name: _field(row, name, str, where, "") for name in ("prefix", "evidence")}
-    return Question(kind, _field(row, "question", str, where), answer, tuple(options), **texts)
-
-
-def _field(row: Any, name: str, kind: type, where: str, default: Any = None) -> Any:
-    require(isinstance(row, dict), f"{where}: expected an object, found {type(row).__name__}")
-    value = row.get(name, default)
-    expected = "a list" if kind is list else "a text"
-    require(isinstance(value, kind), f"{where}: '{name}' is missing or not {expected}")
-    return value
+    texts = {name: field_of(row, name, str, where, "") for name in ("prefix", "evidence")}
+    return Question(kind, field_of(row, "question", str, where), answer, tuple(options), **texts)
 
 
 class Reading(Benchmark):

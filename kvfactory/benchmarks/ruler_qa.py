@@ -14,10 +14,10 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from kvfactory.benchmarks.reading import PASSAGES, read_passages
 from kvfactory.benchmarks.ruler_tasks import Sample, Task, filling
 from kvfactory.errors import UserError, require
 
@@ -93,17 +93,16 @@ Asked = tuple[str, list[str], list[str], list[str]]
 
 def passages(kind: str, titled: bool) -> Reading:
     """The passages of our own, with their questions of one kind; `titled` documents begin with the passage's title."""
-    content = resources.files("kvfactory.benchmarks").joinpath("reading.json").read_bytes()
     asked = []
-    for passage in json.loads(content):
-        parts = [f"{passage['title']}\n{part}" if titled else part for part in passage["text"].split("\n\n")]
-        for rank, each in enumerate(each for each in passage["questions"] if each["kind"] == kind):
-            answer = re.compile(rf"\b{re.escape(each['answer'])}\b")
+    for passage in read_passages():
+        parts = [f"{passage.title}\n{part}" if titled else part for part in passage.text.split("\n\n")]
+        for rank, each in enumerate(each for each in passage.questions if each.kind == kind):
+            answer = re.compile(rf"\b{re.escape(each.answer)}\b")
             own = [part for part in parts if answer.search(part)]
             more = [part for part in parts if part not in own]
-            asked.append((rank, (each["question"], [each["answer"]], own, more)))
+            asked.append((rank, (each.question, [each.answer], own, more)))
     asked.sort(key=lambda pair: pair[0])  # one of each passage, then another: few samples ask about many passages
-    return _reading([question for _, question in asked], "kvfactory's passages", content)
+    return _reading([question for _, question in asked], "kvfactory's passages", PASSAGES.read_bytes())
 
 
 def squad(path: Path) -> Reading:

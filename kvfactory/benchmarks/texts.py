@@ -8,14 +8,13 @@ so that two runs can tell whether they read the same.
 from __future__ import annotations
 
 import inspect
-import json
 import platform
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib import import_module, resources
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from kvfactory.benchmarks.haystack import Haystack
+from kvfactory.benchmarks.reading import PASSAGES, Passage, read_passages
 from kvfactory.errors import require, unknown
 
 if TYPE_CHECKING:
@@ -50,28 +49,21 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = 
 
 
 def _narrative() -> Haystack:
-    return _of_passages("narrative", lambda passage: [passage["text"]])
+    return _of_passages("narrative", lambda passage: [passage.text])
 
 
 def _qa() -> Haystack:
-    def parts(passage: dict[str, Any]) -> list[str]:
-        pairs = [f"Question: {each['question']}\nAnswer: {each['answer']}" for each in passage["questions"]]
-        return [passage["title"], passage["text"], *pairs]
+    def parts(passage: Passage) -> list[str]:
+        pairs = [f"Question: {each.question}\nAnswer: {each.answer}" for each in passage.questions]
+        return [passage.title, passage.text, *pairs]
 
     return _of_passages("qa", parts)
 
 
-def _of_passages(name: str, parts: Callable[[dict[str, Any]], list[str]]) -> Haystack:
-    text = "\n\n".join(part for passage in _passages() for part in parts(passage))
-    return Haystack(text, f"reading.json, {name}", f"{len(_passages())} passages")
-
-
-@cache
-def _passages() -> list[dict[str, Any]]:
-    """`title`, `text` and `questions` of each."""
-    content = resources.files("kvfactory.benchmarks").joinpath("reading.json").read_bytes()
-    passages: list[dict[str, Any]] = json.loads(content)
-    return passages
+def _of_passages(name: str, parts: Callable[[Passage], list[str]]) -> Haystack:
+    passages = read_passages()
+    text = "\n\n".join(part for passage in passages for part in parts(passage))
+    return Haystack(text, f"{PASSAGES.name}, {name}", f"{len(passages)} passages")
 
 
 def _code() -> Haystack:
