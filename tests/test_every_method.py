@@ -53,7 +53,7 @@ def test_the_needle_runner_runs_them_all(tmp_path: Path) -> None:
 
 
 def test_the_longbench_runner_runs_them_all_at_a_share_of_the_prompt(tmp_path: Path) -> None:
-    context = " ".join(f"Sentence {number} is about rivers and hills." for number in range(60))
+    context = " ".join(f"Sentence {number} is about rivers and hills." for number in range(36))
     row = {"input": "What is a lemur?", "context": context, "answers": ["Animal"], "all_classes": None}
     row |= {"length": 300, "dataset": "hotpotqa", "language": "en", "_id": "0"}
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(row) + "\n")
