@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 from kvfactory.benchmarks.haystack import TokenizedHaystack, split_point
+from kvfactory.benchmarks.ruler_haystacks import Needle, niah_wording
 from kvfactory.chat import Message
 from kvfactory.errors import UserError, require
 
@@ -119,7 +120,7 @@ class Secret:
 
     @property
     def sentence(self) -> str:
-        return f"One of the special magic numbers for {self.key} is: {self.value}."
+        return Needle("numbers", self.key, self.value).sentence
 
 
 class Number(Style):
@@ -131,18 +132,6 @@ class Number(Style):
 
     name = "number"
     settings = ("digits", "needles")
-    singular = (
-        "A special magic number is hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the number afterwards.\n{context}\n"
-        "What is the special magic number for {query} mentioned in the provided text?",
-        " The special magic number for {query} mentioned in the provided text is",
-    )
-    plural = (
-        "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the numbers afterwards.\n{context}\n"
-        "What are all the special magic numbers for {query} mentioned in the provided text?",
-        " The special magic numbers for {query} mentioned in the provided text are",
-    )
 
     def __init__(
         self, hay: TokenizedHaystack, chat: Chat | None, seed: int, *, digits: int = 4, needles: int = 1
@@ -158,7 +147,6 @@ class Number(Style):
         longest = "-".join(max(words, key=lambda word: len(hay.encode(f"-{word}"))) for words in (ADJECTIVES, NOUNS))
         # A blank, a colon or a quote may come before a number; of several each may be given with its key.
         self.max_new_tokens = needles * (digits + 6 + several * len(hay.encode(f" {longest}")))
-        self.wording = self.plural if several else self.singular
         widest = [Secret(longest, "9" * digits, 0)] * needles
         self.shortest = self._frame(widest) + LEAST_CONTEXT
 
@@ -225,5 +213,5 @@ class Number(Style):
     def _render(self, secrets: Sequence[Secret], context: str) -> list[int]:
         *keys, last = (secret.key for secret in secrets)
         query = f"{', '.join(keys)}, and {last}" if keys else last
-        text, prefix = self.wording
-        return self.render(text.format(context=context, query=query), prefix.format(query=query))
+        text, prefix = niah_wording("numbers", query, self.needles)
+        return self.render(text.replace("{context}", context), prefix)
