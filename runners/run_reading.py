@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import pandas as pd
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
@@ -22,7 +19,7 @@ from kvfactory.benchmarks.reading import KINDS, PLACEMENTS, Reading, read_passag
 from kvfactory.chat import check_window, has_chat_template
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.report.tables import budget_name, percent
+from kvfactory.report.tables import by_fields, plain_table
 from kvfactory.results import Row
 from kvfactory.runner import Runner, run_benchmark
 
@@ -69,36 +66,12 @@ def make(
     return benchmark, {"chat_template": "the tokenizer's" if wrap else "none"}
 
 
-def scores(rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per method, budget and placement: a column for each kind, and their plain `average`."""
-    keys = ["method", "budget", "question"]
-    lines = [
-        {
-            "method": row["method"],
-            "budget": budget_name(row["budget"]),
-            "question": row["placement"],
-            "kind": row["kind"],
-            "score": row["score"],
-        }
-        for row in rows
-    ]
-    frame = pd.DataFrame(lines, columns=[*keys, "kind", "score"]).astype({"budget": object})
-    table = frame.groupby([*keys, "kind"], sort=False)["score"].agg(percent).unstack(sort=False)
-    table = table[[kind for kind in KINDS if kind in table]]
-    return table.assign(average=table.mean(axis=1, skipna=False).round(2)).rename_axis(columns=None).reset_index()
-
-
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
     """reading.csv, and the same as a table."""
     path = folder / "reading.csv"
-    frame = scores(rows)
+    frame = by_fields(rows, "placement", "kind", KINDS)
     frame.to_csv(path, index=False)
-    table = Table(title="reading: by place of the question", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for column in frame:
-        table.add_column(str(column), justify="left" if column in ("method", "question") else "right", overflow="fold")
-    for line in frame.to_dict("records"):
-        table.add_row(*(Text(f"{value:.2f}" if isinstance(value, float) else str(value)) for value in line.values()))
-    console.print(table, "")
+    console.print(plain_table("reading: by placement of the question", frame), "")
     console.print(f"kinds   {path}", soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ with Python and with this package stands in their place.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,6 @@ from typing import Any, NoReturn
 import click
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
@@ -27,7 +26,7 @@ from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.metrics import RULER_TASKS, postprocess_pred
-from kvfactory.report.tables import budget_name, percent
+from kvfactory.report.tables import budget_name, by_fields, plain_table
 from kvfactory.results import Row
 from kvfactory.runner import Runner, run_benchmark
 
@@ -99,28 +98,16 @@ def make(
 
 
 def scores(rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per method, budget and length: a column for each task, their plain `average`, and the empty predictions.
-
-    Tasks without rows are left out; a line that lacks one of the others has no average.
-    """
-    keys = ["method", "budget", "length"]
-    lines = [
-        {
-            "method": row["method"],
-            "budget": budget_name(row["budget"]),
-            "length": row["context_length"],
-            "task": row["task"],
-            "score": row["score"],
-            "nulls": not postprocess_pred(row["prediction"]),
-        }
-        for row in rows
-    ]
-    frame = pd.DataFrame(lines, columns=[*keys, "task", "score", "nulls"]).astype({"budget": object})
-    table = frame.groupby([*keys, "task"], sort=False)["score"].agg(percent).unstack(sort=False)
-    table = table[[task for task in RULER_TASKS if task in table]]
-    average = table.mean(axis=1, skipna=False).round(2)
-    nulls = frame.groupby(keys, sort=False)["nulls"].sum()
-    return table.assign(average=average, nulls=nulls).rename_axis(columns=None).reset_index()
+    """One line per method, budget and length: a column for each task, their plain `average`, and the empty predictions."""
+    named = [{**row, "length": row["context_length"]} for row in rows]
+    frame = by_fields(named, "length", "task", RULER_TASKS)
+    empty = Counter(
+        (row["method"], budget_name(row["budget"]), row["length"])
+        for row in named
+        if not postprocess_pred(row["prediction"])
+    )
+    lines = zip(frame["method"], frame["budget"], frame["length"], strict=True)
+    return frame.assign(nulls=[empty[line] for line in lines])
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
@@ -128,16 +115,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
     path = folder / "ruler.csv"
     frame = scores(rows)
     frame.to_csv(path, index=False)
-    lengths = sorted(frame["length"].unique())
     averages = frame.set_index(["method", "budget", "length"])["average"].unstack(sort=False)
-    table = Table(title="ruler: average of tasks", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold")
-    for name in ("budget", *lengths):
-        table.add_column(str(name), justify="right")
-    for line in averages.reset_index().to_dict("records"):
-        found = ("-" if pd.isna(line[length]) else f"{line[length]:.2f}" for length in lengths)
-        table.add_row(Text(line["method"]), str(line["budget"]), *found)
-    console.print(table, "")
+    console.print(plain_table("ruler: average of tasks", averages.rename_axis(columns=None).reset_index()), "")
     console.print(f"tasks   {path}", soft_wrap=True)
 
 

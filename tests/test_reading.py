@@ -200,7 +200,7 @@ def test_the_commands_run_and_write_their_tables(
     assert len(rows) == 2 * 2 * 2 and {row["scores"][0] for row in rows} == {"score"}
     assert all(row["question_tokens"] == 3 for row in rows)
     assert (
-        (tmp_path / "reading" / "reading.csv").read_text().startswith("method,budget,question,fill the blank,average")
+        (tmp_path / "reading" / "reading.csv").read_text().startswith("method,budget,placement,fill the blank,average")
     )
     talk = {"context": "The lake was deep.", "turns": [{"question": "How was the lake?", "answers": "deep"}] * 3}
     path.write_text(json.dumps(talk))

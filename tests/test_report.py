@@ -22,7 +22,7 @@ from rich.console import Console
 
 from kvfactory.errors import UserError
 from kvfactory.report.heatmaps import COLOURS, heatmap, overview, save_heatmaps, score_grids
-from kvfactory.report.tables import overall, percent, print_table, summarise, wide
+from kvfactory.report.tables import by_fields, overall, percent, plain_table, print_table, summarise, wide
 
 
 def make_row(group: str, method: str, budget: int | None, score: float, **fields: object) -> dict:
@@ -246,6 +246,31 @@ def test_the_printed_table_fits_100_columns_and_shows_a_long_sweep_as_averages()
     assert "longbench: average of 21 groups" in page and "longbench: g3" not in page
     assert cells_of(page, "h2o")[:4] == ["h2o", "64", "21", "50.00"]
     assert "longbench: g3" in shown(summarise(many[:30]))
+
+
+def test_scores_by_two_fields_stand_in_lines_and_columns():
+    rows = [
+        make_row("a", "fullkv", None, 1.0, task="vt", length=8),
+        make_row("b", "snapkv", 64, 0.5, task="vt", length=8),
+        make_row("b", "snapkv", 64, 0.0, task="vt", length=8),
+        make_row("c", "snapkv", 64, 1.0, task="cwe", length=8),
+        make_row("d", "snapkv", 64, 1.0, task="cwe", length=16),
+    ]
+    frame = by_fields(rows, "length", "task", ["fwe", "cwe", "vt"])
+    assert list(frame) == ["method", "budget", "length", "cwe", "vt", "average"]
+    lines = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
+    assert lines == [
+        ["fullkv", "full", 8, None, 100.0, None],
+        ["snapkv", 64, 8, 100.0, 25.0, 62.5],
+        ["snapkv", 64, 16, 100.0, None, None],
+    ]
+    page = io.StringIO()
+    Console(file=page, width=80).print(plain_table("by length", frame))
+    assert [line.split() for line in page.getvalue().splitlines()[2:]] == [
+        ["fullkv", "full", "8", "-", "100.00", "-"],
+        ["snapkv", "64", "8", "100.00", "25.00", "62.50"],
+        ["snapkv", "64", "16", "100.00", "-", "-"],
+    ]
 
 
 def test_a_folder_without_rows_has_an_empty_table():

@@ -101,6 +101,34 @@ def wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table.assign(average=table.mean(axis=1, skipna=False).round(2)).rename_axis(columns=None).reset_index()
 
 
+def by_fields(rows: Sequence[Mapping[str, Any]], line: str, column: str, order: Iterable[str]) -> pd.DataFrame:
+    """Mean scores with one line per method, budget and value of a row's field `line`, and a column per value of `column`.
+
+    Columns are in that order, and those without rows left out; `average` is their plain mean, empty where one is missing.
+    """
+    keys = ["method", "budget", line]
+    cells = [
+        {**{name: row[name] for name in (*keys, column, "score")}, "budget": budget_name(row["budget"])} for row in rows
+    ]
+    frame = pd.DataFrame(cells, columns=[*keys, column, "score"]).astype({"budget": object})
+    table = frame.groupby([*keys, column], sort=False)["score"].agg(percent).unstack(sort=False)
+    table = table[[name for name in order if name in table]]
+    return table.assign(average=table.mean(axis=1, skipna=False).round(2)).rename_axis(columns=None).reset_index()
+
+
+def plain_table(title: str, frame: pd.DataFrame) -> Table:
+    """A frame as it is: texts to the left, numbers to the right with two decimals."""
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in frame:
+        texts = frame[name].map(lambda value: isinstance(value, str)).all() and name != "budget"
+        table.add_column(str(name), justify="left" if texts else "right", overflow="fold")
+    for line in frame.to_dict("records"):
+        table.add_row(
+            *(Text(_number(each, "{:.2f}") if isinstance(each, float) else str(each)) for each in line.values())
+        )
+    return table
+
+
 def print_table(frame: pd.DataFrame, console: Console) -> None:
     """Show a frame of `summarise`: a table for each group unless there are many, and their average."""
     if frame.empty:
