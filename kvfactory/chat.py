@@ -54,8 +54,8 @@ def chat_ids(
     elif form := _family_form(tokenizer):
         prompt = form.replace("{bos}", tokenizer.bos_token or "").replace("{text}", joined(turns))
     else:
-        return list(tokenizer.encode(joined(turns) + answer_prefix))
-    return list(tokenizer.encode(prompt + answer_prefix, add_special_tokens=False))  # the template wrote BOS itself
+        return list(tokenizer.encode(joined(turns) + answer_prefix, verbose=False))
+    return _plain_ids(tokenizer, prompt + answer_prefix)  # the template wrote BOS itself
 
 
 def joined(turns: Sequence[Message]) -> str:
