@@ -151,7 +151,8 @@ class Sweep:
             if example.context is None:
                 return fresh
             self._compressed |= fresh
-        return {key: (sequence.fork(), size) for key, (sequence, size) in self._compressed.items()}
+        compressed = {job.key: self._compressed[job.key] for job in jobs}
+        return {key: (sequence.fork(), size) for key, (sequence, size) in compressed.items()}
 
     def _turn(self, example: Example, job: Job, sequence: DecodedSequence, size: Row) -> Running:
         """The example's question, put to a sequence that has the prompt or earlier turns behind it."""
