@@ -56,13 +56,14 @@ def make(
         tokenizer,
         read_passages(flags["passages"])[: flags["max_num_examples"]],
         placements=flags["placements"],
-        kinds=[kind.replace("_", " ") for kind in flags["kinds"]],
+        kinds=flags["kinds"],
         template=wrap,
     )
-    longest = {example.info["passage"]: example for example in benchmark.examples()}
-    for passage, example in longest.items():  # questions are short: one of each passage tells whether it fits
+    by_size = sorted(benchmark.examples(), key=lambda each: len(each.info["question"]))
+    longest = {example.id.split("/")[0]: example for example in by_size}
+    for number, example in longest.items():  # the longest question of each passage tells whether all fit
         tokens = len(benchmark.prompt_ids(example)) + len(benchmark.question_ids(example)) + example.max_new_tokens
-        check_window(model.config, tokens, f"--passages {flags['passages'] or ''}: '{passage}'")
+        check_window(model.config, tokens, f"--passages {flags['passages'] or ''}, passage {number}")
     return benchmark, {"chat_template": "the tokenizer's" if wrap else "none"}
 
 

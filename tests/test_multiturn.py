@@ -128,6 +128,7 @@ def test_files_of_both_forms_are_read(tmp_path: Path) -> None:
             '{"context": "c", "turns": [{"question": "q", "answers": "a"}]}\n[1]',
             [":2", "expected an object, found list"],
         ),
+        ('{"context": "\\ud800", "turns": [{"question": "q", "answers": "a"}]}', [":1", "not JSON"]),
         ('{"context": 5}', [":1", "'context' is missing or not a text"]),
         ('{"context": "c"}', [":1", "'turns' is missing"]),
         ('{"context": "c", "turns": []}', [":1", "no turns"]),

@@ -82,7 +82,10 @@ def test_the_question_stands_before_or_after_and_the_answers_beginning_is_read_l
     reading = Reading(tokenizer, [BOAT], kinds=["fill the blank", "multiple choice"])
     texts = {each.id: tokenizer.decode(reading.prompt_ids(each)) for each in reading.examples()}
     begun = {each.id: tokenizer.decode(reading.question_ids(each)) for each in reading.examples()}
-    blank, choice = "Fill the blank: the boat was ____.", "What did she build?\nChoose from: barn; boat; boathouse."
+    blank, choice = (
+        "Question: Fill the blank: the boat was ____.",
+        "Question: What did she build?\nChoose from: barn; boat; boathouse.",
+    )
     assert list(texts) == ["1/2/before", "1/2/after", "1/3/before", "1/3/after"]
     for number, question in (("1/2", blank), ("1/3", choice)):
         before, after = (texts[f"{number}/{placement}"] for placement in PLACEMENTS)
@@ -95,7 +98,7 @@ def test_without_a_template_the_answer_follows_a_colon(tokenizer: Any) -> None:
     reading = Reading(tokenizer, [BOAT], placements=["after"], kinds=["fill the blank"], template=False)
     [example] = reading.examples()
     read = tokenizer.decode(reading.prompt_ids(example) + reading.question_ids(example))
-    assert read == f"{BOAT.text}\n\nFill the blank: the boat was ____.\n\nAnswer: The boat was"
+    assert read == f"{BOAT.text}\n\nQuestion: Fill the blank: the boat was ____.\n\nAnswer: The boat was"
 
 
 def test_rows_know_kind_placement_and_depth(tokenizer: Any) -> None:
@@ -104,12 +107,15 @@ def test_rows_know_kind_placement_and_depth(tokenizer: Any) -> None:
     assert {each.group for each in examples} == {
         f"{kind}, question {place}" for kind, place in product(KINDS, PLACEMENTS)
     }
-    assert all(each.ability == KINDS[each.info["kind"]] for each in examples)
+    assert [each.ability for each in examples[::2]] == pytest.approx([0.65, 0.3, 1 / 3 + 0.15, 0.65])
     assert [each.info["depth_percent"] for each in examples[::2]] == [43.9, 61.0, 29.3, 0.0]
 
 
 RIGHT = {
-    "true or false": (["false.", "No, it was red", "That is false, not true"], ["true", "Not so", "", "Yes. No."]),
+    "true or false": (
+        ["false.", "No, it was red", "That is false, not true", "That is not true.", "incorrect"],
+        ["true", "Not so", "", "Yes. No.", "There is no doubt: true"],
+    ),
     "fill the blank": (["red", " a Red one."], ["redder", "blue", ""]),
     "multiple choice": (["boat", "The boat, not the barn"], ["a boathouse", "barn or boat", "", "ship"]),
     "matching": (["Ada", "ADA built it, and Ben watched"], ["Ben and Ada", "Adam", ""]),
@@ -124,6 +130,28 @@ def test_what_counts_as_right(tokenizer: Any, kind: str) -> None:
     assert [reading.score(example, said)["score"] for said in (*right, *wrong)] == [1.0] * len(right) + [0.0] * len(
         wrong
     )
+
+
+def test_chinese_words_are_found_without_blanks_around_them(tokenizer: Any) -> None:
+    blank = Question("fill the blank", "灯是____。", "红色的")
+    choice = Question("multiple choice", "海边有什么？", "灯塔", ("桥", "灯塔"))
+    reading = Reading(
+        tokenizer, [Passage("灯塔", "海边有一座灯塔，灯是红色的。", (blank, choice))], placements=["after"]
+    )
+    asked = reading.examples()
+    assert [reading.score(each, "答案是灯塔，灯是红色的。")["score"] for each in asked] == [1, 1]
+    assert [reading.score(each, "答案是桥，不是灯塔。")["score"] for each in asked] == [0, 0]
+    assert [each.info["depth_percent"] for each in asked] == [71.4, 35.7]
+
+
+def test_the_place_of_an_answer_is_a_word_of_its_own() -> None:
+    hen = Question("fill the blank", "He sold a ____.", "hen")
+    assert Passage("t", "Then, when he came, he sold a hen.", (hen,)).depth(hen) == pytest.approx(88.2)
+
+
+def test_kinds_may_be_spelt_with_hyphens_and_underscores(tokenizer: Any) -> None:
+    reading = Reading(tokenizer, [BOAT], kinds=["True-or-false", "multiple_choice"], placements=["after"])
+    assert [each.info["kind"] for each in reading.examples()] == ["true or false", "multiple choice"]
 
 
 def test_names_that_are_not_there_get_the_closest(tokenizer: Any) -> None:
@@ -164,15 +192,24 @@ def test_a_list_and_lines_are_read_alike(tmp_path: Path) -> None:
         ("[]", ["no passage in it"]),
         ("{", [":1", "not JSON"]),
         ("[3]", ["passage 1", "expected an object"]),
-        ('[{"title": "t", "text": 3, "questions": [{}]}]', ["passage 1, question 1", "'kind'"]),
+        ('[{"title": "t", "text": 3, "questions": [{}]}]', ["passage 1", "'text' is missing or not a text"]),
+        ('[{"title": "t", "text": "x", "questions": [{}]}]', ["passage 1, question 1", "'kind'"]),
         ('[{"title": "t", "text": "x", "questions": []}]', ["passage 1", "no questions"]),
-        (json.dumps(passage(kind="match")), ["question 1", "unknown kind 'match'", "matching"]),
+        (json.dumps(passage(kind="match")), ["question 1", "unknown kind of question 'match'", "matching"]),
         (json.dumps(passage(question=None)), ["question 1", "'question' is missing"]),
         (json.dumps(passage(answer="C")), ["the answer 'C' is not among the options"]),
         (json.dumps(passage(options=None)), ["the answer 'Ann' is not among the options"]),
         (json.dumps(passage(options=[1])), ["'options' is not a list of texts"]),
-        (json.dumps(passage(kind="true or false")), ["the answer is 'Ann'; expected true or false"]),
+        (json.dumps(passage(kind="true or false", options=[])), ["the answer is 'Ann'; expected true or false"]),
         (json.dumps(passage(kind="fill the blank", answer="...")), ["has no word in it"]),
+        (json.dumps(passage(question=" ")), ["question 1", "the question is empty"]),
+        (json.dumps(passage() | {"text": ""}), ["its text is empty"]),
+        (json.dumps(passage(options=["Ann"])), ["two or more options that differ"]),
+        (json.dumps(passage(options=["Ann", "Bob", "the Bob"])), ["two or more options that differ"]),
+        (json.dumps(passage(kind="true or false", answer="true")), ["'options' are for multiple choice and matching"]),
+        (json.dumps(passage(kind="fill the blank", options=[])), ["one ____ in the question"]),
+        (json.dumps(passage(prefx="x")), ["unknown field 'prefx'; did you mean 'prefix'"]),
+        (json.dumps(passage(evidence="Bob sat")), ["question 1", "the passage does not say 'Bob sat'"]),
         (json.dumps(passage(prefix=4)), ["'prefix' is missing or not a text"]),
     ],
 )

@@ -38,6 +38,8 @@ def field_of(row: Any, name: str, kind: type, where: str, default: Any = None) -
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        parsed = json.loads(text)
+        json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+        return parsed
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from error

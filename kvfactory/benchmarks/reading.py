@@ -8,6 +8,7 @@ that come along are inventions, which no model can know by heart; each answer is
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,16 +24,24 @@ from kvfactory.metrics import normalize_answer, qa_f1_score
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = {"true or false": 0.65, "fill the blank": 0.3, "multiple choice": 0.4, "matching": 0.4}
-"""Kinds of questions, and the mean score that lies clearly above guessing."""
+KINDS = ("true or false", "fill the blank", "multiple choice", "matching")
+"""Kinds of questions; of the last two's options one is right."""
+FIELDS = ("kind", "question", "answer", "options", "prefix", "evidence")
+"""What a file says of a question."""
 PLACEMENTS = {
-    "before": "{question}\n\nThe answer is in this text:\n\n{text}",
-    "after": "{text}\n\n{question}",
+    "before": "Question: {question}\n\nThe answer is in this text:\n\n{text}",
+    "after": "{text}\n\nQuestion: {question}",
 }
 """Where the question stands."""
 PASSAGES = resources.files("kvfactory.benchmarks").joinpath("reading.json")
 """Those that come along."""
-TRUTH = {"true": "true", "yes": "true", "false": "false", "no": "false"}
+BLANK = re.compile(r"_{2,}")
+TRUTH = {
+    "true": re.compile(r"^yes\b|\b(true|correct)\b"),
+    "false": re.compile(r"^no\b|\b(false|untrue|incorrect|not (true|correct))\b"),
+}
+_LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"
+"""One that belongs to the word beside it: Chinese and Japanese put no blanks between theirs."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,13 @@ class Question:
     """Where the passage says so, if the answer does not stand there itself."""
 
     @property
+    def ability(self) -> float:
+        """The mean score that lies clearly above guessing."""
+        if self.kind == "fill the blank":
+            return 0.3
+        return 1 / (len(self.options) or len(TRUTH)) + 0.15
+
+    @property
     def text(self) -> str:
         """The question as it is asked, with its options."""
         return f"{self.question}\nChoose from: {'; '.join(self.options)}." if self.options else self.question
@@ -65,8 +81,14 @@ class Passage:
 
     def depth(self, question: Question) -> float | None:
         """Percent of the passage before the place that answers the question; None if it is in other words."""
-        place = self.text.find(question.evidence or question.answer)
-        return None if place < 0 else round(100 * place / len(self.text), 1)
+        place = _find(question.evidence or question.answer, self.text)
+        return None if place is None else round(100 * place / len(self.text), 1)
+
+
+def _find(words: str, text: str) -> int | None:
+    """Where the words stand in the text, as whole words."""
+    found = re.search(rf"(?<!{_LETTER}){re.escape(words)}(?!{_LETTER})", text)
+    return found.start() if found else None
 
 
 def read_passages(path: Path | None = None) -> list[Passage]:
@@ -82,27 +104,50 @@ def read_passages(path: Path | None = None) -> list[Passage]:
 
 
 def _passage(row: Any, where: str) -> Passage:
-    questions = field_of(row, "questions", list, where)
+    title, text, questions = (
+        field_of(row, name, kind, where) for name, kind in (("title", str), ("text", str), ("questions", list))
+    )
+    require(bool(text.strip()), f"{where}: its text is empty")
     require(bool(questions), f"{where}: it has no questions")
     asked = [_question(each, f"{where}, question {number}") for number, each in enumerate(questions, start=1)]
-    return Passage(field_of(row, "title", str, where), field_of(row, "text", str, where), tuple(asked))
+    for number, each in enumerate(asked, start=1):
+        said = not each.evidence or _find(each.evidence, text) is not None
+        require(said, f"{where}, question {number}: the passage does not say '{each.evidence}'; expected words of it")
+    return Passage(title, text, tuple(asked))
 
 
 def _question(row: Any, where: str) -> Question:
-    kind, answer = field_of(row, "kind", str, where), field_of(row, "answer", str, where)
-    if kind not in KINDS:
-        raise UserError(f"{where}: {unknown('kind', kind, KINDS)}")
+    kind, asked, answer = (field_of(row, name, str, where) for name in ("kind", "question", "answer"))
+    for name in row:
+        if name not in FIELDS:
+            raise UserError(f"{where}: {unknown('field', name, FIELDS)}")
+    kind = kind_of(kind, where)
+    require(bool(asked.strip()), f"{where}: the question is empty")
+    require(bool(normalize_answer(answer)), f"{where}: the answer '{answer}' has no word in it")
     options = field_of(row, "options", list, where, [])
     require(all(isinstance(each, str) for each in options), f"{where}: 'options' is not a list of texts")
     if kind in ("multiple choice", "matching"):
         require(
             answer in options, f"{where}: the answer '{answer}' is not among the options; expected a list that has it"
         )
+        different = {normalize_answer(each) for each in options} - {""}
+        require(1 < len(options) == len(different), f"{where}: expected two or more options that differ in their words")
+    else:
+        require(not options, f"{where}: 'options' are for multiple choice and matching; leave them out")
     if kind == "true or false":
-        require(answer in ("true", "false"), f"{where}: the answer is '{answer}'; expected true or false")
-    require(bool(normalize_answer(answer)), f"{where}: the answer '{answer}' has no word in it")
+        require(answer in TRUTH, f"{where}: the answer is '{answer}'; expected true or false")
+    if kind == "fill the blank":
+        require(len(BLANK.findall(asked)) == 1, f"{where}: expected one ____ in the question, where the answer belongs")
     texts = {name: field_of(row, name, str, where, "") for name in ("prefix", "evidence")}
-    return Question(kind, field_of(row, "question", str, where), answer, tuple(options), **texts)
+    return Question(kind, asked, answer, tuple(options), **texts)
+
+
+def kind_of(name: str, where: str) -> str:
+    """The kind of that name, whether blanks, hyphens or underscores stand between its words; else UserError."""
+    kind = " ".join(re.split(r"[-_\s]+", name.strip().lower()))
+    if kind not in KINDS:
+        raise UserError(f"{where}: {unknown('kind of question', kind, KINDS)}")
+    return kind
 
 
 class Reading(Benchmark):
@@ -110,14 +155,15 @@ class Reading(Benchmark):
 
     `score` is whether the answer is right, by the kind of question:
 
-    true or false       the first of true, false, yes and no in the answer decides
+    true or false       the first of true, correct, false, untrue, incorrect, not true and not correct in the answer
+                        decides, or a yes or no that it begins with
     fill the blank      the answer contains the missing words in a row; `f1` is LongBench's
     multiple choice     the option that is named first decides, and so it does for
     matching
 
-    Texts are compared in lower case without punctuation and articles. The words that an answer is made to begin with are
-    read after compression, so that no method knows the question by them. `template` says whether texts are put inside
-    the model's chat template.
+    Texts are compared in lower case, word by word, without punctuation and articles. The words that an answer is made
+    to begin with are read after compression, so that no method knows the question by them. `template` says whether texts
+    are put inside the model's chat template.
     """
 
     name = "reading"
@@ -129,13 +175,13 @@ class Reading(Benchmark):
         passages: Sequence[Passage],
         *,
         placements: Sequence[str] = tuple(PLACEMENTS),
-        kinds: Sequence[str] = tuple(KINDS),
+        kinds: Sequence[str] = KINDS,
         template: bool = True,
     ) -> None:
-        for what, given, known in (("placement", placements, PLACEMENTS), ("kind of question", kinds, KINDS)):
-            for name in given:
-                if name not in known:
-                    raise unknown(what, name, known)
+        for name in placements:
+            if name not in PLACEMENTS:
+                raise unknown("placement", name, PLACEMENTS)
+        kinds = [kind_of(name, "--kinds") for name in kinds]
         self.tokenizer = tokenizer
         self.template = template
         self._stop = frozenset([newline_id(tokenizer)])
@@ -156,7 +202,7 @@ class Reading(Benchmark):
                 answers=[question.answer],
                 max_new_tokens=self.max_new_tokens,
                 stop_ids=self._stop,
-                ability=KINDS[question.kind],
+                ability=question.ability,
                 info={
                     "kind": question.kind,
                     "placement": placement,
@@ -183,14 +229,15 @@ class Reading(Benchmark):
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
         question = self._asked[example.id][1]
-        said = f" {normalize_answer(prediction)} "
+        said = normalize_answer(prediction)
         match question.kind:
             case "true or false":
-                words = [TRUTH[word] for word in said.split() if word in TRUTH]
-                return {"score": float(words[:1] == [question.answer])}
+                places = {each: found.start() for each, words in TRUTH.items() if (found := words.search(said))}
             case "fill the blank":
-                found = f" {normalize_answer(question.answer)} " in said
-                return {"score": float(found), "f1": qa_f1_score(prediction, question.answer)}
-        places = {each: said.find(f" {normalize_answer(each)} ") for each in question.options}
-        named = {each: (place, -len(each)) for each, place in places.items() if place >= 0}
-        return {"score": float(bool(named) and min(named, key=lambda each: named[each]) == question.answer)}
+                right = _find(normalize_answer(question.answer), said) is not None
+                return {"score": float(right), "f1": qa_f1_score(prediction, question.answer)}
+            case _:
+                at = {each: _find(normalize_answer(each), said) for each in question.options}
+                places = {each: place for each, place in at.items() if place is not None}
+        first = min(places, key=lambda each: (places[each], -len(each)), default=None)
+        return {"score": float(first == question.answer)}
