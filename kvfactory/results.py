@@ -79,7 +79,7 @@ class RunFolder:
             if torn := file.tell() - sound:
                 file.truncate(sound)
                 notices.append(f"{folder / ROWS}: dropped a torn last line ({torn} bytes); its row is computed again")
-            before, now = (session["environment"] for session in (meta["sessions"] * 2)[-2:])
+            before, now = (_by_plugin(session["environment"]) for session in (meta["sessions"] * 2)[-2:])
             if changed := _differences(before, now):
                 notices.append(f"{folder}: resumed in another environment: {changed}")
             return cls(folder, rows, "; ".join(notices) or None, file, held.pop_all())
@@ -174,6 +174,15 @@ def _joined(
     if changed := _differences(bound, meta["settings"], prefix="--"):
         raise UserError(f"{folder}: made with other settings: {changed}; set them back or use another --save_dir")
     return {"settings": settings_before, "sessions": [*sessions, *meta["sessions"]]}
+
+
+def _by_plugin(environment: dict[str, Any]) -> dict[str, Any]:
+    """An environment with a name of its own for each plugin, so that those alone are told that changed."""
+    plugins = environment.get("plugins") or []
+    return {
+        **{name: value for name, value in environment.items() if name != "plugins"},
+        **{f"plugin {each['name']}": each.get("error") or each["version"] for each in plugins},
+    }
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:

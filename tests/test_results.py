@@ -277,6 +277,16 @@ def test_each_session_is_recorded_before_its_first_row(tmp_path):
     assert [session["arguments"]["device"] for session in again["sessions"]] == ["cpu", "cuda"]
 
 
+def test_of_many_plugins_those_are_told_that_changed(tmp_path):
+    def plugins(**versions):
+        return {"plugins": [{"name": name, "version": version, "error": None} for name, version in versions.items()]}
+
+    RunFolder.open(tmp_path, SETTINGS, environment=plugins(mine="1.0", yours="3")).close()
+    with RunFolder.open(tmp_path, SETTINGS, environment=plugins(mine="1.1", yours="3", new="2")) as folder:
+        told = 'plugin mine was "1.0", is "1.1"; plugin new was not set, is "2"'
+        assert folder.notice == f"{tmp_path}: resumed in another environment: {told}"
+
+
 def test_environment_names_versions_plugins_machine_and_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = environment([{"name": "mine", "version": "1.0"}])
