@@ -27,6 +27,8 @@ from .parts import Part
 from .settings import Setting, convert, settings_of
 
 GROUP = "kvfactory"
+BENCHMARKS = "kvfactory.benchmarks"
+"""Entry points that are loaded when benchmarks are asked for: tables and plots come with them, which take a second."""
 LACKS = {
     "allocator": "has no budget that could be split",
     "merge": "merges nothing",
@@ -69,8 +71,8 @@ class Registry:
         self.parts: dict[str, dict[str, type[Any]]] = {kind: {} for kind in LACKS}
         """Parts by name, on a shelf for each field of a method that may hold them."""
         self.families: dict[str, Family] = {}
-        self.benchmarks: dict[str, Any] = {}
-        """Each a `kvfactory.runner.Runner`, which is above this module."""
+        self._benchmarks: dict[str, Any] = {}
+        self._unread: list[str] = []
         self.commands: dict[str, click.Command] = {}
         self.plugins: list[Plugin] = []
         self._owners: dict[tuple[str, str], Plugin] = {}
@@ -82,17 +84,28 @@ class Registry:
         """What comes with kvfactory, and what every installed distribution offers."""
         registry = cls()
         registry.add(BuiltIn(), Plugin("kvfactory", "kvfactory", _version("kvfactory")))
-        for entry_point in metadata.entry_points(group=GROUP):
+        registry._add_group(GROUP)
+        registry._unread = [BENCHMARKS]
+        return registry
+
+    @property
+    def benchmarks(self) -> dict[str, Any]:
+        """Each a `kvfactory.runner.Runner`, which is above this module."""
+        while self._unread:
+            self._add_group(self._unread.pop())
+        return self._benchmarks
+
+    def _add_group(self, group: str) -> None:
+        for entry_point in metadata.entry_points(group=group):
             distribution = entry_point.dist
             origin = (distribution.name, distribution.version) if distribution else ("unknown", "")
             try:
                 module = entry_point.load()
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
-                registry.plugins.append(Plugin(entry_point.name, *origin, error=" ".join(why.split())))
+                self.plugins.append(Plugin(entry_point.name, *origin, error=" ".join(why.split())))
             else:
-                registry.add(module, Plugin(entry_point.name, *origin))
-        return registry
+                self.add(module, Plugin(entry_point.name, *origin))
 
     def add(self, module: object, plugin: Plugin) -> None:
         """Let one plugin register what it brings.
@@ -117,7 +130,7 @@ class Registry:
             "kvfactory_register_key_prunings": partial(self._register_part, "key_pruning"),
             "kvfactory_register_retrievals": partial(self._register_part, "retrieval"),
             "kvfactory_register_families": partial(self._register, "model family", self.families),
-            "kvfactory_register_benchmarks": partial(self._register, "benchmark", self.benchmarks),
+            "kvfactory_register_benchmarks": partial(self._register, "benchmark", self._benchmarks),
             "kvfactory_register_commands": partial(self._register, "command", self.commands),
         }
         for hook, register in doors.items():

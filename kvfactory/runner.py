@@ -27,7 +27,7 @@ from .budget import Share
 from .chat import stop_ids
 from .cli import GroupedCommand, method_options, part_options, registry_for, run_command, sweep_options
 from .engine import Engine
-from .errors import unknown
+from .errors import UserError, unknown
 from .jobs import Job, make_jobs
 from .registry import Registry
 from .report.tables import TABLE_WIDTH, print_table, summarise
@@ -75,6 +75,9 @@ def benchmark_command(name: str, registry: Registry) -> GroupedCommand:
     Raises `UserError` for an unknown name.
     """
     if name not in registry.benchmarks:
+        for plugin in registry.plugins:
+            if plugin.error and plugin.name == name:
+                raise UserError(f"benchmark '{name}': the plugin of {plugin} fails to import: {plugin.error}")
         raise unknown("benchmark", name, registry.benchmarks)
     runner: Runner = registry.benchmarks[name]
     settings = method_options(registry)

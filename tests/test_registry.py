@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from kvfactory.budget import Pyramid, Share, Uniform
 from kvfactory.context import Prompt
 from kvfactory.kernels import PromptAttention
 from kvfactory.registry import Plugin, Registry, Setting, convert, get_registry
+from kvfactory.runner import benchmark_command
 from kvfactory.testing import compress_layer
 
 ROOT = Path(__file__).parents[1]
@@ -66,13 +69,34 @@ def says(*parts: str) -> Iterator[None]:
 
 
 def test_every_plugin_file_has_its_entry_point_and_every_entry_point_its_file() -> None:
-    files = {file.stem: "plugins" for file in (ROOT / "plugins").glob("*.py") if not file.stem.startswith("_")}
-    files |= {file.stem: "runners" for file in (ROOT / "runners").glob("run_*.py")}
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["kvfactory"]
-    assert declared == {name: f"kvfactory_{room}.{name}" for name, room in files.items()}
-    found = metadata.entry_points(group="kvfactory")
-    installed = {each.name: each.value for each in found if each.dist is not None and each.dist.name == "kvfactory"}
-    assert installed == declared, "did you reinstall? entry points are seen after: pip install -e ."
+    plugins = {file.stem for file in (ROOT / "plugins").glob("*.py") if not file.stem.startswith("_")}
+    runners = {file.stem for file in (ROOT / "runners").glob("run_*.py")}
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert groups["kvfactory"] == {name: f"kvfactory_plugins.{name}" for name in plugins}
+    assert sorted(groups["kvfactory.benchmarks"].values()) == sorted(f"kvfactory_runners.{name}" for name in runners)
+    for group, declared in groups.items():
+        found = metadata.entry_points(group=group)
+        installed = {each.name: each.value for each in found if each.dist is not None and each.dist.name == "kvfactory"}
+        assert installed == declared, "did you reinstall? entry points are seen after: pip install -e ."
+
+
+def test_benchmarks_are_registered_under_the_names_of_their_entry_points() -> None:
+    names = {each.name for each in metadata.entry_points(group="kvfactory.benchmarks")}
+    assert set(Registry.load().benchmarks) == names
+
+
+def test_who_loads_a_method_does_not_wait_for_benchmarks() -> None:
+    code = "import sys, kvfactory; kvfactory.load_method('fullkv'); print({'pandas', 'matplotlib'} & {*sys.modules})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "set()"
+
+
+def test_a_benchmark_that_fails_to_import_is_told_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = installed(monkeypatch, chess=ImportError("No module named 'board'"))
+    with says("benchmark 'chess'", "kvf-chess 1.2", "No module named 'board'"):
+        benchmark_command("chess", registry)
+    with says("unknown benchmark 'chest'"):
+        benchmark_command("chest", registry)
 
 
 def test_every_built_in_plugin_says_where_it_comes_from() -> None:
