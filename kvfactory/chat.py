@@ -40,18 +40,22 @@ Message = dict[str, str]
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, answer_prefix: str = "", earlier: Sequence[Message] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    answer_prefix: str = "",
+    earlier: Sequence[Message] = (),
+    template: bool = True,
 ) -> list[int]:
     """Token ids of `text` as a user's turn, the assistant's header and `answer_prefix`, joined with nothing between.
 
     `earlier` turns come before it, joined to it where the template has no place for them: many refuse a system's turn or
-    two of the user's in a row. A tokenizer without a chat template (a base model's) gives the plain text with its
-    special tokens. Raises UserError where the template refuses a lone user's turn.
+    two of the user's in a row. Without `template`, and by a tokenizer that has none (a base model's), the text is plain,
+    with its special tokens. Raises UserError where the template refuses a lone user's turn.
     """
     turns = [*earlier, {"role": "user", "content": text}]
-    if tokenizer.chat_template:
+    if template and tokenizer.chat_template:
         prompt = _by_template(tokenizer, turns)
-    elif form := _family_form(tokenizer):
+    elif template and (form := _family_form(tokenizer)):
         prompt = form.replace("{bos}", tokenizer.bos_token or "").replace("{text}", joined(turns))
     else:
         return list(tokenizer.encode(joined(turns) + answer_prefix, verbose=False))

@@ -24,7 +24,7 @@ from . import models
 from .attention import family_of
 from .benchmarks import Benchmark
 from .budget import Share
-from .chat import stop_ids
+from .chat import has_chat_template, stop_ids
 from .cli import GroupedCommand, method_options, part_options, registry_for, run_command, sweep_options
 from .engine import Engine
 from .errors import UserError, unknown
@@ -67,6 +67,22 @@ class Runner:
     """(registry, flags, settings of methods that were given) -> what runs; raises UserError for what cannot."""
     sweep: type[Sweep] = Sweep
     """How examples are run."""
+
+
+CHAT_TEMPLATE = click.Option(
+    ["--chat_template"],
+    type=click.Choice(["auto", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: prompts are inside the model's chat template, if it has one.",
+)
+"""For benchmarks whose prompts may be a user's turn; `chat_template` reads it."""
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]) -> tuple[bool, dict[str, str]]:
+    """Whether prompts go inside a chat template, and what run_meta.json says of that."""
+    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    return wrap, {"chat_template": "the tokenizer's" if wrap else "none"}
 
 
 def benchmark_command(name: str, registry: Registry) -> GroupedCommand:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -62,9 +63,8 @@ class Sweep:
         self.rows_at_once = rows_at_once
         self.bytes_at_once = bytes_at_once
         self._following = {each.after: each for each in benchmark.examples() if each.after is not None}
-        self._context: str | None = None
         self._compressed: dict[Any, tuple[DecodedSequence, Row]] = {}
-        """The prompt of `_context` under each job that has read it, for more questions about it."""
+        """The prompt of the example before under each job that has read it, while more questions about it follow."""
 
     def missing(self) -> list[tuple[Example, list[Job]]]:
         """What is left to do: examples with a prompt of their own, and the jobs that lack its row or one of a later turn."""
@@ -108,15 +108,16 @@ class Sweep:
     def run(self, on_row: Callable[[Row], None] = lambda row: None) -> None:
         """Everything that is missing; `on_row` is called with each row once it is written."""
         active: list[Running] = []
-        for example, jobs in self.missing():
+        todo = self.missing()
+        contexts = pairwise([*(example.context for example, _ in todo), None])
+        for (example, jobs), (context, following) in zip(todo, contexts, strict=True):
             if self.benchmark.one_pass:
                 for row in self._read(example, jobs):
                     self._write(row, on_row)
                 continue
             while active and not self._has_room(active, len(jobs)):
                 active = self._step(active, on_row)
-            active += self._start(example, jobs)
-        self._compressed = {}
+            active += self._start(example, jobs, more=context is not None and context == following)
         while active:
             active = self._step(active, on_row)
 
@@ -134,25 +135,23 @@ class Sweep:
             for job, each in zip(jobs, sequences, strict=True)
         ]
 
-    def _start(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
-        prompts = self._prompts(example, jobs)
+    def _start(self, example: Example, jobs: Sequence[Job], more: bool) -> list[Running]:
+        prompts = self._prompts(example, jobs, more)
         rows = [self._turn(example, job, *prompts[job.key]) for job in jobs]
         return self._ready(rows)
 
-    def _prompts(self, example: Example, jobs: Sequence[Job]) -> dict[Any, tuple[DecodedSequence, Row]]:
-        """The example's prompt under each job, and its size; compressed once for all examples of a context."""
-        if example.context is None or example.context != self._context:
-            self._context, self._compressed = example.context, {}
-        unread = [job for job in jobs if job.key not in self._compressed]
+    def _prompts(self, example: Example, jobs: Sequence[Job], more: bool) -> dict[Any, tuple[DecodedSequence, Row]]:
+        """The example's prompt under each job, and its size; held for the next example if it has `more` to ask."""
+        held, self._compressed = self._compressed, {}
+        unread = [job for job in jobs if job.key not in held]
         if unread:
             sequences = self.engine.prefill(self.benchmark.prompt_ids(example), [job.method for job in unread])
             full = full_cache_bytes(self.engine.model, sequences[0].prompt_tokens)
-            fresh = {job.key: (each, footprint(each, full)) for job, each in zip(unread, sequences, strict=True)}
-            if example.context is None:
-                return fresh
-            self._compressed |= fresh
-        compressed = {job.key: self._compressed[job.key] for job in jobs}
-        return {key: (sequence.fork(), size) for key, (sequence, size) in compressed.items()}
+            held |= {job.key: (each, footprint(each, full)) for job, each in zip(unread, sequences, strict=True)}
+        if not more:
+            return held
+        self._compressed = held
+        return {job.key: (held[job.key][0].fork(), held[job.key][1]) for job in jobs}
 
     def _turn(self, example: Example, job: Job, sequence: DecodedSequence, size: Row) -> Running:
         """The example's question, put to a sequence that has the prompt or earlier turns behind it."""
@@ -207,16 +206,10 @@ class Sweep:
     def _row(self, ended: Running) -> Row:
         sequence, example, job = ended.sequence, ended.example, ended.job
         return {
-            "benchmark": self.benchmark.name,
-            "group": example.group,
-            "example_id": example.id,
-            "method": job.label,
-            "budget": job.budget,
-            "settings": job.method.settings(),
+            **self._head(example, job),
             **self._result(ended),
             **({} if example.ability is None else {"ability": example.ability}),
             **ended.footprint,
-            "memory": job.method.memory,
             "prompt_tokens": sequence.prompt_tokens,
             "question_tokens": ended.question_tokens,
             "new_tokens": len(sequence.tokens),
@@ -227,6 +220,18 @@ class Sweep:
             "decode_seconds": sequence.decode_seconds,
             **job.method.row_fields(sequence.cache.stores),
             **example.info,
+        }
+
+    def _head(self, example: Example, job: Job) -> Row:
+        """What a row is about."""
+        return {
+            "benchmark": self.benchmark.name,
+            "group": example.group,
+            "example_id": example.id,
+            "method": job.label,
+            "budget": job.budget,
+            "settings": job.method.settings(),
+            "memory": job.method.memory,
         }
 
     def _result(self, ended: Running) -> Row:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench
-from kvfactory.chat import check_window, has_chat_template, max_prompt_tokens
+from kvfactory.chat import check_window, max_prompt_tokens
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.tables import wide
 from kvfactory.results import Row
-from kvfactory.runner import Runner, run_benchmark
+from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 OPTIONS = [
     click.Option(
@@ -50,14 +50,14 @@ OPTIONS = [
         type=PositiveInt(),
         help="Longer prompts lose their middle.  [default: the context window less 500]",
     ),
-    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+    CHAT_TEMPLATE,
 ]
 
 
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
-    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    wrap, chat = chat_template(tokenizer, flags)
     longest = flags["max_prompt_tokens"] or max_prompt_tokens(model.config)
     check_window(model.config, longest, "--max_prompt_tokens")
     datasets = flags["datasets"] or (LONGBENCH_E if flags["longbench_e"] else ENGLISH)
@@ -74,7 +74,7 @@ def make(
         sample_method=flags["sample_method"],
         seed=flags["seed"],
     )
-    return benchmark, {"max_prompt_tokens": longest, "chat_template": "the tokenizer's" if wrap else "none"}
+    return benchmark, {"max_prompt_tokens": longest, **chat}
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.multiturn import HISTORIES, MultiTurn, conversations_of, read_conversations
 from kvfactory.benchmarks.reading import read_passages
-from kvfactory.chat import check_window, has_chat_template
+from kvfactory.chat import check_window
 from kvfactory.flag_types import PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.tables import wide
 from kvfactory.results import Row
-from kvfactory.runner import Runner, run_benchmark
+from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 OPTIONS = [
     click.Option(
@@ -45,14 +45,14 @@ OPTIONS = [
     click.Option(
         ["--max_new_tokens"], type=PositiveInt(), default=24, show_default=True, help="Tokens of an answer, at most."
     ),
-    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+    CHAT_TEMPLATE,
 ]
 
 
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
-    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    wrap, chat = chat_template(tokenizer, flags)
     path = flags["conversations"]
     conversations = read_conversations(path) if path else conversations_of(read_passages())
     conversations = conversations[: flags["max_num_examples"]]
@@ -65,11 +65,9 @@ def make(
         max_new_tokens=flags["max_new_tokens"],
         template=wrap,
     )
-    for number in range(1, len(conversations) + 1):
-        check_window(
-            model.config, benchmark.tokens(number), f"--conversations {path}, conversation {number}, all its turns"
-        )
-    return benchmark, {"chat_template": "the tokenizer's" if wrap else "none"}
+    for number, tokens in enumerate(benchmark.tokens(), start=1):
+        check_window(model.config, tokens, f"--conversations {path}, conversation {number}, all its turns")
+    return benchmark, chat
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import GRIDS, SPACINGS, STYLES, Needle, choose_grid
-from kvfactory.chat import chat_ids, context_window, has_chat_template
+from kvfactory.chat import chat_ids, context_window
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.heatmaps import save_heatmaps
 from kvfactory.results import Row
-from kvfactory.runner import Runner, run_benchmark
+from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 SHORT = GRIDS["list"]
 
@@ -64,7 +64,7 @@ OPTIONS = [
         help="Numbers to hide, from the depth on, and to ask for at once.  [default: 1]",
     ),
     click.Option(["--haystack"], help="A text file, or a folder of .txt files.  [default: Python's own documentation]"),
-    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+    CHAT_TEMPLATE,
 ]
 
 
@@ -81,7 +81,7 @@ def make(
     )
     if grid.notice:
         print(f"notice: {grid.notice}", file=sys.stderr)
-    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    wrap, chat = chat_template(tokenizer, flags)
     benchmark = Needle(
         tokenizer,
         style=flags["style"],
@@ -94,7 +94,7 @@ def make(
         seed=flags["seed"],
         chat=partial(chat_ids, tokenizer) if wrap else None,
     )
-    return benchmark, {"haystack": haystack.record(), "chat_template": "the tokenizer's" if wrap else "none"}
+    return benchmark, {"haystack": haystack.record(), **chat}
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:

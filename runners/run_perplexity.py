@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.attention import family_of
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import Haystack, load_haystack
+from kvfactory.benchmarks.long_texts import first_ids
 from kvfactory.benchmarks.one_pass import acts_in_one_pass, attending
 from kvfactory.benchmarks.perplexity import (
     PROTOCOLS,
@@ -34,7 +35,7 @@ from kvfactory.benchmarks.perplexity import (
     TokenByToken,
     choose_protocol,
 )
-from kvfactory.benchmarks.texts import TEXTS, first_ids, load_texts
+from kvfactory.benchmarks.texts import TEXTS, load_texts
 from kvfactory.budget import Uniform
 from kvfactory.chat import check_window, context_window
 from kvfactory.errors import UserError, require

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.reading import KINDS, PLACEMENTS, Reading, read_passages
-from kvfactory.chat import check_window, has_chat_template
+from kvfactory.chat import check_window
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.report.tables import by_fields, plain_table
 from kvfactory.results import Row
-from kvfactory.runner import Runner, run_benchmark
+from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 OPTIONS = [
     click.Option(
@@ -44,14 +44,14 @@ OPTIONS = [
         help="Kinds of questions, separated by commas.",
     ),
     click.Option(["--max_num_examples"], type=PositiveInt(), help="Passages.  [default: all]"),
-    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+    CHAT_TEMPLATE,
 ]
 
 
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
-    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
+    wrap, chat = chat_template(tokenizer, flags)
     benchmark = Reading(
         tokenizer,
         read_passages(flags["passages"])[: flags["max_num_examples"]],
@@ -64,7 +64,7 @@ def make(
     for number, example in longest.items():  # the longest question of each passage tells whether all fit
         tokens = len(benchmark.prompt_ids(example)) + len(benchmark.question_ids(example)) + example.max_new_tokens
         check_window(model.config, tokens, f"--passages {flags['passages'] or ''}, passage {number}")
-    return benchmark, {"chat_template": "the tokenizer's" if wrap else "none"}
+    return benchmark, chat
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:

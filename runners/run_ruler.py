@@ -21,14 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
 from kvfactory.benchmarks.ruler_files import ReadyMade
-from kvfactory.chat import chat_ids, context_window, has_chat_template
+from kvfactory.chat import chat_ids, context_window
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.metrics import RULER_TASKS, postprocess_pred
 from kvfactory.report.tables import budget_name, by_fields, plain_table
 from kvfactory.results import Row
-from kvfactory.runner import Runner, run_benchmark
+from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 LENGTH = 1024
 """Tokens; what a model for trying out and a CPU can do."""
@@ -66,15 +66,14 @@ OPTIONS = [
         type=click.Path(path_type=Path),
         help="Folder with <length>/<task>.jsonl files of the official generator.  [default: samples are made]",
     ),
-    click.Option(["--chat_template"], type=click.Choice(["auto", "none"]), default="auto", show_default=True),
+    CHAT_TEMPLATE,
 ]
 
 
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
-    wrap = flags["chat_template"] == "auto" and has_chat_template(tokenizer)
-    facts = {"chat_template": "the tokenizer's" if wrap else "none"}
+    wrap, chat = chat_template(tokenizer, flags)
     common: dict[str, Any] = {
         "samples": flags["samples"],
         "chat": partial(chat_ids, tokenizer) if wrap else None,
@@ -84,7 +83,7 @@ def make(
         for unused in ("essays", "squad", "hotpotqa"):
             require(flags[unused] is None, f"--{unused}: the samples of --ruler_dir are there already; leave one out")
         ready = ReadyMade(tokenizer, flags["ruler_dir"], tasks=flags["tasks"], lengths=flags["lengths"], **common)
-        return ready, facts
+        return ready, chat
     sources = Sources(flags["essays"], flags["squad"], flags["hotpotqa"])
     generated = GeneratedRuler(
         tokenizer,
@@ -94,7 +93,7 @@ def make(
         seed=flags["seed"],
         **common,
     )
-    return generated, facts | sources.record()
+    return generated, chat | sources.record()
 
 
 def scores(rows: Sequence[Row]) -> pd.DataFrame:

@@ -141,7 +141,7 @@ def test_truncation_keeps_the_first_and_the_last_half_without_special_tokens(pro
 def test_of_a_huge_prompt_the_ends_alone_are_tokenised_and_nothing_changes(monkeypatch, embedded_tokenizer):
     text = "".join(f"Line {number}: the {'very ' * (number % 7)}old clock strikes.\n" for number in range(3000))
     whole = {limit: truncate_middle(text, embedded_tokenizer, limit) for limit in (2, 77, 600)}
-    monkeypatch.setattr("kvfactory.benchmarks.longbench.END", 20_000)
+    monkeypatch.setattr("kvfactory.benchmarks.long_texts.PIECE", 20_000)
     seen: list[int] = []
 
     def tokenizer(part, **settings):

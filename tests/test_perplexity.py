@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, models
-from kvfactory.benchmarks import texts
+from kvfactory.benchmarks import long_texts
+from kvfactory.benchmarks.long_texts import first_ids
 from kvfactory.benchmarks.one_pass import AttendToKept, attending
 from kvfactory.benchmarks.perplexity import (
     PROTOCOLS,
@@ -34,7 +35,7 @@ from kvfactory.benchmarks.perplexity import (
     TokenByToken,
     choose_protocol,
 )
-from kvfactory.benchmarks.texts import MODULES, first_ids, load_texts
+from kvfactory.benchmarks.texts import MODULES, load_texts
 from kvfactory.errors import UserError
 from kvfactory.jobs import Job
 from kvfactory.registry import get_registry
@@ -487,15 +488,15 @@ def test_of_a_long_text_only_the_beginning_is_tokenised(monkeypatch: pytest.Monk
     tokenizer, prose = models.load_tokenizer(), load_texts(["narrative"])["narrative"].text
     whole = tokenizer.encode(prose, verbose=False)
     assert first_ids(tokenizer, prose) == whole and first_ids(tokenizer, prose, 5) == whole[:5]
-    monkeypatch.setattr(texts, "BEGINNING", 20_001)
+    monkeypatch.setattr(long_texts, "PIECE", 20_001)
     seen: list[int] = []
-    plain = type(tokenizer).encode
+    plain = type(tokenizer).__call__
 
-    def watched(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    def watched(tokenizer: Any, text: str, **options: Any) -> Any:
         seen.append(len(text))
         return plain(tokenizer, text, **options)
 
-    monkeypatch.setattr(type(tokenizer), "encode", watched)
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
     assert first_ids(tokenizer, prose, 3000) == whole[:3000] and seen == [20_001]
     assert first_ids(tokenizer, prose, 9000) == whole[:9000] and seen == [20_001, 20_001, len(prose)]
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from kvfactory import Engine
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.registry import get_registry
 from kvfactory.report.tables import summarise
@@ -103,8 +105,12 @@ def test_questions_about_one_context_are_put_to_copies_of_one_compressed_cache(
         return plain(engine, prompt, methods)
 
     monkeypatch.setattr(Engine, "prefill", counted)
+    forks = Mock(side_effect=DecodedSequence.fork)
+    monkeypatch.setattr(DecodedSequence, "fork", lambda sequence: forks(sequence))
     rows = run(model, Given(asked, prompts, questions), jobs, tmp_path)
     assert prefills == [60, 50]
+    assert forks.call_count == len(jobs), "the last question about a context goes on with the cache itself"
+    assert run(model, Given(asked, prompts, questions), jobs, tmp_path) == rows and prefills == [60, 50]
     engine = Engine(model)
     for job in jobs:
         for each in asked:

@@ -249,13 +249,7 @@ class LatencySweep(Sweep):
     def _row_of(self, example: Example, job: Job, runs: Sequence[Run | None]) -> Row:
         done = [run for run in runs if run is not None]
         return {
-            "benchmark": self.benchmark.name,
-            "group": example.group,
-            "example_id": example.id,
-            "method": job.label,
-            "budget": job.budget,
-            "settings": job.method.settings(),
-            "memory": job.method.memory,
+            **self._head(example, job),
             **example.info,
             "oom": len(done) < len(runs),
             **(self._numbers(example, done) if len(done) == len(runs) else {}),

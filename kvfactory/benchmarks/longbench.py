@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvfactory import metrics
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.benchmarks.long_texts import both_ends
 from kvfactory.chat import chat_ids, split_chat_ids
 from kvfactory.errors import UserError, unknown
 
@@ -166,9 +167,6 @@ def _unique_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 # ---- prompts and scores ----
 
-END, FAR = 2**20, 1000
-"""Characters at each end of a huge prompt that are tokenised alone, and tokens after which a cut no longer matters."""
-
 
 def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
     """The prompt; where it has more than `max_length` tokens, the text of its first and last `max_length // 2`.
@@ -177,19 +175,13 @@ def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length:
     tokens more or less than asked for. A `max_length` of 1 drops nothing but them.
     """
     half = max_length // 2
-    ends = _ends(prompt, tokenizer, max_length) if len(prompt) > 2 * END and half else None
+    ends = both_ends(tokenizer, prompt, max_length) if half else None
     if ends is None:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         if len(ids) <= max_length:
             return prompt
         ends = ids, ids
     return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ends[0][:half], ends[1][-half:]))
-
-
-def _ends(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]] | None:
-    """Token ids of the first and the last characters, if what is kept of each lies far from where the text was cut."""
-    first, last = (tokenizer(part, verbose=False)["input_ids"] for part in (prompt[:END], prompt[-END:]))
-    return (first, last) if min(len(first), len(last)) > max_length + FAR else None
 
 
 class LongBench(Benchmark):
@@ -273,7 +265,7 @@ class LongBench(Benchmark):
         if self.query_agnostic:
             return split_chat_ids(self.tokenizer, self._context(example), self._question(example), template=template)[0]
         text = truncate_middle(config.template.format(**self._rows[example.id]), self.tokenizer, self.max_prompt_tokens)
-        return chat_ids(self.tokenizer, text) if template else list(self.tokenizer(text, verbose=False)["input_ids"])
+        return chat_ids(self.tokenizer, text, template=template)
 
     def question_ids(self, example: Example) -> list[int]:
         if not self.query_agnostic:

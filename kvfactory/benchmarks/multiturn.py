@@ -135,9 +135,7 @@ class MultiTurn(Benchmark):
         asked = self._asked(example)
         if self.query_agnostic:
             return split_chat_ids(self.tokenizer, text, asked.question, template=self.template)[0]
-        if self.template:
-            return chat_ids(self.tokenizer, text + asked.question, self._begun(asked))
-        return list(self.tokenizer.encode(f"{text}{asked.question}{self._begun(asked)}", verbose=False))
+        return chat_ids(self.tokenizer, text + asked.question, self._begun(asked), template=self.template)
 
     def question_ids(self, example: Example) -> list[int]:
         asked = self._asked(example)
@@ -155,11 +153,13 @@ class MultiTurn(Benchmark):
         """How the answer is made to begin."""
         return turn.prefix if self.template else f"\nAnswer: {turn.prefix}".rstrip()
 
-    def tokens(self, number: int) -> int:
-        """Token ids that a conversation, from 1, may come to, all turns and answers at their longest."""
-        turns = [each for each in self.examples() if each.info["conversation"] == number]
-        asked = sum(len(self.question_ids(each)) + each.max_new_tokens for each in turns)
-        return len(self.prompt_ids(turns[0])) + asked
+    def tokens(self) -> list[int]:
+        """Token ids that each conversation may come to, all turns and answers at their longest."""
+        totals = [0] * len(self.conversations)
+        for each in self.examples():
+            read = [] if each.after else self.prompt_ids(each)
+            totals[each.info["conversation"] - 1] += len(read) + len(self.question_ids(each)) + each.max_new_tokens
+        return totals
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
         said = f" {normalize_answer(prediction)} "

@@ -218,9 +218,7 @@ class Reading(Benchmark):
     def prompt_ids(self, example: Example) -> list[int]:
         passage, question, placement = self._asked[example.id]
         text = PLACEMENTS[placement].format(question=question.text, text=passage.text)
-        if self.template:
-            return chat_ids(self.tokenizer, text)
-        return list(self.tokenizer.encode(f"{text}\n\nAnswer:", verbose=False))
+        return chat_ids(self.tokenizer, text if self.template else f"{text}\n\nAnswer:", template=self.template)
 
     def question_ids(self, example: Example) -> list[int]:
         prefix = self._asked[example.id][1].prefix

@@ -11,19 +11,13 @@ import inspect
 import platform
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from kvfactory.benchmarks.haystack import Haystack
 from kvfactory.benchmarks.reading import PASSAGES, Passage, read_passages
 from kvfactory.errors import require, unknown
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 MODULES = ("argparse", "inspect", "tarfile", "logging")
 """Of the standard library: long files, each by other authors."""
-BEGINNING, FAR = 2**20, 1000
-"""Characters that are tokenised first of a longer text, and tokens before a cut that may be others because of it."""
 
 
 def load_texts(names: Iterable[str]) -> dict[str, Haystack]:
@@ -33,19 +27,6 @@ def load_texts(names: Iterable[str]) -> dict[str, Haystack]:
         if name not in TEXTS:
             raise unknown("text", name, TEXTS)
     return {name: TEXTS[name]() for name in chosen}
-
-
-def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> list[int]:
-    """The first token ids of a text, `most` of them or all, with the special tokens that begin a text.
-
-    Of a long text no more is tokenised than that takes: a cut changes tokens that are near it alone.
-    """
-    # verbose=False: a text longer than the model's window is no reason for a warning
-    if most is not None and len(text) > BEGINNING:
-        ids = tokenizer.encode(text[:BEGINNING], verbose=False)
-        if len(ids) > most + FAR:
-            return list(ids[:most])
-    return list(tokenizer.encode(text, verbose=False)[:most])
 
 
 def _narrative() -> Haystack:
