@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .flag_types import BudgetType, CommaList, PositiveInt
 from .registry import Registry, get_registry
 from .settings import settings_of
@@ -31,7 +31,9 @@ def run_command(make_command: Callable[[list[str]], click.Command], arguments: S
         click.echo(help_text.format_message())
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on from here", 130)
+        _fail("interrupted; the same command can be given again", 130)
+    except Interrupted as stop:
+        _fail(str(stop), 130)
     except click.ClickException as problem:
         _fail(problem.format_message(), 2)
     except UserError as problem:
@@ -108,6 +110,11 @@ def part_options(registry: Registry) -> list[click.Option]:
     ]
 
 
+def plugin_option() -> click.Option:
+    """Taken by commands that are no benchmark; `registry_for` has read it before they are made."""
+    return click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
+
+
 def sweep_options() -> list[click.Option]:
     """Flags of every command that runs methods over a benchmark."""
     texts = CommaList(click.STRING)
@@ -138,8 +145,16 @@ def sweep_options() -> list[click.Option]:
             show_default=True,
             help="No example joins a decode batch whose caches hold this much.",
         ),
+        click.Option(
+            ["--record_tokens"],
+            type=click.IntRange(min=0),
+            default=1024,
+            show_default=True,
+            help="Tokens of each prompt that are recorded for reports, with what was kept of them; 0 for none.",
+        ),
         click.Option(["--seed"], type=int, default=42, show_default=True),
         click.Option(["--save_dir"], type=click.Path(path_type=Path), help="The run folder."),
+        click.Option(["--quiet"], is_flag=True, help="No progress on a terminal; elsewhere there is none anyway."),
         click.Option(["--plugin"], multiple=True, help="A Python file with a plugin in it."),
     ]
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something the user can put right; commands print its message as one line and exit with code 2."""
 
 
+class Interrupted(Exception):
+    """Ctrl-C in the middle of work; commands print its message, which says how to go on, and exit with code 130."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a `name` that is not among the `known` ones, with the closest match or all of them."""
     names = sorted(known)

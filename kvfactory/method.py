@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from inspect import getattr_static
@@ -18,6 +19,7 @@ from .decoding import BoundedStore
 from .errors import UserError, require
 from .merge import Merge
 from .parts import Part
+from .settings import row_value, settings_of
 from .ragged import HeadwiseStore, RaggedStore
 from .storage import KeyPruning, Quantisation, Retrieval
 from .stores import DenseStore, Store, spread
@@ -59,17 +61,29 @@ class Method(ABC):
         held = (getattr(self, each.name) for each in fields(self))
         return [part for part in held if isinstance(part, Part)]
 
+    def for_prompt(self, tokens: int) -> Self:
+        """This method for a prompt of so many tokens: one whose budget is a share of it has it in entries."""
+        return self
+
     def settings(self) -> dict[str, Any]:
         """All settings by name, those of its parts among them."""
-        flat: dict[str, Any] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
+        return {name: str(value) if isinstance(value, Share) else value for name, value, _ in self._settings()}
+
+    def row_settings(self) -> dict[str, Any]:
+        """`settings` as rows have them, each with one type in every row: what may be a word or a share is text."""
+        return {name: row_value(value, kind) for name, value, kind in self._settings()}
+
+    def _settings(self) -> Iterator[tuple[str, Any, Any]]:
+        """Name, value and type."""
+        for setting in settings_of(type(self)).values():
+            value = getattr(self, setting.name)
             if isinstance(value, Part):
-                flat[each.name] = value.name
-                flat |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
+                yield setting.name, value.name, str
+                yield from (
+                    (each.name, getattr(value, each.name), each.type) for each in settings_of(type(value)).values()
+                )
             else:
-                flat[each.name] = str(value) if isinstance(value, Share) else value
-        return flat
+                yield setting.name, value, setting.type
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,30 +5,28 @@
             folder.append(row)
         folder.write_csv()
 
-A folder holds `rows.jsonl` (one row a line, out of this process when `append` returns), `run_meta.json` (the settings
-that change results, and an entry for each session that worked here) and `results.csv` (the summary). Reopening it with
-other settings is refused. A row counts once its newline is written: what a kill left of a last line is cut off, and
-`folder.notice` says so. Tools that only look use `load_rows`.
+A folder holds `rows.jsonl` (one row a line, out of this process when `append` returns), `run_meta.json` (`Meta`) and
+`results.csv` (the summary), and may hold notes in files of their own. Reopening it with other settings is refused. A row
+counts once its newline is written: what a kill left of a last line is cut off, and `folder.notice` says so. Tools that
+only look use `load_run`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from filelock import FileLock, Timeout
 
 from kvfactory.errors import UserError
 from kvfactory.report.tables import summarise
+from kvfactory.run_format import FORMAT, Meta, Session
 
 Row = dict[str, Any]
 Key = tuple[str, str, int | str | None]  # example_id, method, budget
@@ -36,6 +34,19 @@ Key = tuple[str, str, int | str | None]  # example_id, method, budget
 ROWS = "rows.jsonl"
 META = "run_meta.json"
 CSV = "results.csv"
+LONGEST_LINE = 2**24  # bytes; a note is shorter
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as it was read."""
+
+    path: Path
+    rows: list[Row]
+    settings: dict[str, Any]
+    """Those that make results what they are; empty where the folder does not say."""
+    sessions: list[dict[str, Any]]
+    """`Session`s, as JSON has them."""
 
 
 class RunFolder:
@@ -51,6 +62,7 @@ class RunFolder:
         self.notice = notice
         self._file = file
         self._held = held
+        self._notes: dict[str, BinaryIO] = {}
 
     @classmethod
     def open(
@@ -71,7 +83,9 @@ class RunFolder:
         folder = Path(path)
         with ExitStack() as held:
             held.enter_context(_claim(folder))
-            meta = _joined(folder, settings, {"arguments": arguments or {}, "environment": environment}, free)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            session = Session(started=started, arguments=dict(arguments or {}), environment=dict(environment))
+            meta = _joined(folder, Meta(format=FORMAT, settings=dict(settings), sessions=[session]), free)
             rows, sound = _read(folder / ROWS) if (folder / ROWS).exists() else ([], 0)
             _replace(folder / META, json.dumps(meta, indent=2) + "\n")  # before any row: rows without it are refused
             file = held.enter_context((folder / ROWS).open("ab"))
@@ -79,7 +93,7 @@ class RunFolder:
             if torn := file.tell() - sound:
                 file.truncate(sound)
                 notices.append(f"{folder / ROWS}: dropped a torn last line ({torn} bytes); its row is computed again")
-            before, now = (_by_plugin(session["environment"]) for session in (meta["sessions"] * 2)[-2:])
+            before, now = (by_plugin(session["environment"]) for session in (meta["sessions"] * 2)[-2:])
             if changed := _differences(before, now):
                 notices.append(f"{folder}: resumed in another environment: {changed}")
             return cls(folder, rows, "; ".join(notices) or None, file, held.pop_all())
@@ -94,6 +108,23 @@ class RunFolder:
         self._file.flush()
         self.rows.append(kept)
         self.done.add(key_of(kept))
+
+    def note(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line to the file `name` of the folder: what is good to know of a row and not needed to go on."""
+        if name not in self._notes:
+            file = self._held.enter_context((self.path / name).open("a+b"))
+            _cut_torn_line(file)
+            self._notes[name] = file
+        self._notes[name].write(json.dumps(record).encode() + b"\n")
+        self._notes[name].flush()
+
+    def rewrite(self, rows: Sequence[Row]) -> None:
+        """Put rows in place of those that are here; a kill leaves the old ones or these, never some of both."""
+        self._file.close()
+        _replace(self.path / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = self._held.enter_context((self.path / ROWS).open("ab"))
+        self.rows = [*rows]
+        self.done = {key_of(row) for row in rows}
 
     def write_csv(self, rows: Sequence[Row] | None = None) -> Path:
         """Write `results.csv`, one line per benchmark, group, method and budget; return its path.
@@ -115,30 +146,33 @@ class RunFolder:
         self.close()
 
 
-def load_rows(folder: str | Path) -> list[Row]:
-    """The rows of a run folder, which may still be in use; a torn last line is left out. Nothing is written."""
-    path = Path(folder) / ROWS
-    if not path.is_file():
+def load_run(folder: str | Path) -> Run:
+    """A run folder, which may still be in use; a torn last line is left out. Nothing is written.
+
+    Raises UserError where it is none, its files cannot be read or a newer version made it.
+    """
+    path = Path(folder)
+    if not (path / ROWS).is_file():
         raise UserError(f"{folder}: not a run folder (it has no {ROWS})")
-    return _read(path)[0]
+    meta = _meta(path / META) if (path / META).exists() else {"settings": {}, "sessions": []}
+    return Run(path, _read(path / ROWS)[0], meta["settings"], meta["sessions"])
+
+
+def load_rows(folder: str | Path) -> list[Row]:
+    """The rows of a run folder, as `load_run` reads them."""
+    return load_run(folder).rows
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """What tells a row from every other row of its folder; KeyError where one of the three fields is missing."""
-    return row["example_id"], row["method"], row["budget"]
+    return row["example_id"], row["method"], row.get("budget_share") or row["budget"]
 
 
-def environment(plugins: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where a run happens: commit of the working directory, versions, the `plugins` given, and the machine."""
-    return {
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in ("kvfactory", "torch", "transformers")},
-        "plugins": plugins,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "cpu_count": os.cpu_count(),
-    }
+def _upgraded(row: Row) -> Row:
+    """A row of any earlier format as this one has it."""
+    if isinstance(row["budget"], str):
+        return row | {"budget": None, "budget_share": row["budget"]}
+    return row
 
 
 def _claim(folder: Path) -> FileLock:
@@ -154,29 +188,37 @@ def _claim(folder: Path) -> FileLock:
     return lock
 
 
-def _joined(
-    folder: Path, settings: Mapping[str, Any], session: dict[str, Any], free: Collection[str]
-) -> dict[str, Any]:
-    """What run_meta.json says once this session has joined the folder; UserError where it may not."""
-    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **session}
-    meta: dict[str, Any] = json.loads(json.dumps({"settings": settings, "sessions": [session]}, default=str))
+def _joined(folder: Path, begun: Meta, free: Collection[str]) -> dict[str, Any]:
+    """What run_meta.json says once a new session has joined the folder; UserError where it may not."""
+    meta: dict[str, Any] = json.loads(json.dumps(asdict(begun), default=str))
     path = folder / META
     if not path.exists():
         if (folder / ROWS).exists():
             raise UserError(f"{folder}: {ROWS} has no {META} that says how it was made; use another --save_dir")
         return meta
-    try:
-        old = json.loads(path.read_bytes())
-        settings_before, sessions = old["settings"], old["sessions"]
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path}: not the {META} of a run; use another --save_dir") from None
+    old = _meta(path)
+    settings_before, sessions = old["settings"], old["sessions"]
     bound = {name: value for name, value in settings_before.items() if name not in free}
     if changed := _differences(bound, meta["settings"], prefix="--"):
         raise UserError(f"{folder}: made with other settings: {changed}; set them back or use another --save_dir")
-    return {"settings": settings_before, "sessions": [*sessions, *meta["sessions"]]}
+    return meta | {"settings": settings_before, "sessions": [*sessions, *meta["sessions"]]}
 
 
-def _by_plugin(environment: dict[str, Any]) -> dict[str, Any]:
+def _meta(path: Path) -> dict[str, Any]:
+    """What a run_meta.json says; UserError where it is none or a newer version's."""
+    try:
+        meta: dict[str, Any] = json.loads(path.read_bytes())
+        version, _, _ = meta.get("format", 1), meta["settings"], meta["sessions"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path}: not the {META} of a run; use another folder") from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise UserError(
+            f"{path}: format {version}, and this kvfactory reads up to {FORMAT}; use the version that made it"
+        )
+    return meta
+
+
+def by_plugin(environment: dict[str, Any]) -> dict[str, Any]:
     """An environment with a name of its own for each plugin, so that those alone are told that changed."""
     plugins = environment.get("plugins") or []
     return {
@@ -185,15 +227,20 @@ def _by_plugin(environment: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """Each name whose value changed, on one line; empty where nothing did. None and False are the same as not set."""
+def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each name whose value changed, with both values as JSON; None and False are the same as not set."""
 
     def shown(values: dict[str, Any], name: str) -> str:
         value = values.get(name)
         return "not set" if value is None or value is False else json.dumps(value, sort_keys=True)
 
     pairs = [(name, shown(before, name), shown(now, name)) for name in before | now]
-    return "; ".join(f"{prefix}{name} was {old}, is {new}" for name, old, new in pairs if old != new)
+    return [each for each in pairs if each[1] != each[2]]
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """The same on one line; empty where nothing changed."""
+    return "; ".join(f"{prefix}{name} was {old}, is {new}" for name, old, new in changed_values(before, now))
 
 
 def _read(path: Path) -> tuple[list[Row], int]:
@@ -209,8 +256,9 @@ def _read(path: Path) -> tuple[list[Row], int]:
                 break
             raise UserError(f"{path}:{number}: not JSON; mend or remove the line") from None
         try:
+            row = _upgraded(row)
             key = key_of(row)
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, AttributeError):
             raise UserError(f"{path}:{number}: not a row; it needs example_id, method and budget") from None
         if key in rows:
             raise UserError(f"{path}:{number}: a second row for {key}; remove one of them")
@@ -229,26 +277,9 @@ def _replace(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=2)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Cut off a last line that a kill left half written."""
+    end = file.seek(0, os.SEEK_END)
+    start = max(0, end - LONGEST_LINE)
+    file.seek(start)
+    file.truncate(start + file.read().rfind(b"\n") + 1)

@@ -17,26 +17,27 @@ import click
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import models
 from .attention import family_of
-from .benchmarks import Benchmark
+from .benchmarks import Benchmark, Example
 from .budget import Share
 from .chat import has_chat_template, stop_ids
 from .cli import GroupedCommand, method_options, part_options, registry_for, run_command, sweep_options
 from .engine import Engine
-from .errors import UserError, unknown
+from .environment import environment
+from .errors import Interrupted, UserError, unknown
 from .jobs import Job, make_jobs
+from .progress import RunProgress, shown
 from .registry import Registry
-from .report.tables import TABLE_WIDTH, print_table, summarise
-from .results import ROWS, Row, RunFolder, environment
+from .report.terminal import print_table, wide_console
+from .results import ROWS, Row, RunFolder
 from .sweep import Sweep
 
 GROWING = ("method", "max_capacity_prompts")
 """Lists of a run that may differ when it is resumed: rows are told apart by them, so more of them only add rows."""
-HARMLESS = ("save_dir", "eval_batch_size", "eval_cache_gib", "plugin")
+HARMLESS = ("save_dir", "eval_batch_size", "eval_cache_gib", "record_tokens", "quiet", "plugin")
 """Flags that change where and how fast results come, not what they are."""
 
 Make = Callable[[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]], tuple[Benchmark, dict[str, Any]]]
@@ -67,6 +68,8 @@ class Runner:
     """(registry, flags, settings of methods that were given) -> what runs; raises UserError for what cannot."""
     sweep: type[Sweep] = Sweep
     """How examples are run."""
+    score: Callable[[Example, str], dict[str, float]] | None = None
+    """How a prediction of a stored row is scored: an example with the row's `answers`, and the row itself as `info`."""
 
 
 CHAT_TEMPLATE = click.Option(
@@ -85,17 +88,23 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]) -> 
     return wrap, {"chat_template": "the tokenizer's" if wrap else "none"}
 
 
-def benchmark_command(name: str, registry: Registry) -> GroupedCommand:
-    """The command of a registered benchmark.
-
-    Raises `UserError` for an unknown name.
-    """
+def runner_of(name: str, registry: Registry) -> Runner:
+    """What a benchmark registered; raises `UserError` for an unknown name."""
     if name not in registry.benchmarks:
         for plugin in registry.plugins:
             if plugin.error and plugin.name == name:
                 raise UserError(f"benchmark '{name}': the plugin of {plugin} fails to import: {plugin.error}")
         raise unknown("benchmark", name, registry.benchmarks)
     runner: Runner = registry.benchmarks[name]
+    return runner
+
+
+def benchmark_command(name: str, registry: Registry) -> GroupedCommand:
+    """The command of a registered benchmark.
+
+    Raises `UserError` for an unknown name.
+    """
+    runner = runner_of(name, registry)
     settings = method_options(registry)
 
     def run(**flags: Any) -> None:
@@ -123,9 +132,7 @@ def run_benchmark(name: str, arguments: Sequence[str] | None = None) -> NoReturn
 
 def run_sweep(name: str, runner: Runner, flags: dict[str, Any], settings: dict[str, Any], registry: Registry) -> None:
     """Load, run what is missing, write the tables and say where everything is."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, TABLE_WIDTH)
+    console = wide_console()
     jobs = runner.jobs(registry, flags, settings)
     for notice in dict.fromkeys(part.notice for job in jobs for part in job.method.parts() if part.notice):
         print(f"notice: {notice}", file=sys.stderr)
@@ -147,39 +154,46 @@ def run_sweep(name: str, runner: Runner, flags: dict[str, Any], settings: dict[s
     ) as folder:
         if folder.notice:
             print(f"notice: {folder.notice}", file=sys.stderr)
-        stop, limits = stop_ids(model, tokenizer), (flags["eval_batch_size"], flags["eval_cache_gib"] * 2**30)
-        sweep = runner.sweep(Engine(model, tokenizer), tokenizer, benchmark, jobs, folder, stop, *limits)
-        _run_with_progress(sweep, name)
+        sweep = runner.sweep(
+            Engine(model, tokenizer),
+            tokenizer,
+            benchmark,
+            jobs,
+            folder,
+            stop_ids(model, tokenizer),
+            rows_at_once=flags["eval_batch_size"],
+            bytes_at_once=flags["eval_cache_gib"] * 2**30,
+            record_tokens=flags["record_tokens"],
+        )
+        _run_with_progress(sweep, name, flags["quiet"])
         rows = sweep.rows()
-        print_table(summarise(rows), console)
+        print_table(rows, console)
         console.print(f"rows    {folder.path / ROWS}\ntable   {folder.write_csv(rows)}", soft_wrap=True)
         runner.finish(rows, folder.path, console)
 
 
-def _run_with_progress(sweep: Sweep, name: str) -> None:
-    missing = sweep.missing()
-    total = sweep.count_missing()
-    already = len(sweep.folder.rows)
+def _run_with_progress(sweep: Sweep, name: str, quiet: bool) -> None:
+    console, folder = Console(stderr=True), sweep.folder
+    missing, total, already = sweep.missing(), sweep.count_missing(), len(folder.rows)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > models.default_threads():
         print(
             "notice: other programs use the processors, so this takes longer and times are not comparable",
             file=sys.stderr,
         )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        if already:
-            progress.console.print(f"{already} rows are in {sweep.folder.path} already, {total} to go", soft_wrap=True)
-        if missing:
-            sweep.warm_up()
-        task = progress.add_task(f"{name}: {len(missing)} prompts, {len(sweep.jobs)} configurations", total=total)
-        sweep.run(lambda row: progress.advance(task))
+    if already and not quiet:
+        console.print(f"{already} rows are in {folder.path} already, {total} to go", soft_wrap=True)
+    title = f"{name}: {len(missing)} prompts, {len(sweep.jobs)} configurations"
+    progress = RunProgress(title, total, folder.rows)
+    try:
+        with shown(progress, console, quiet):
+            if missing:
+                sweep.warm_up()
+            sweep.run(progress)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted: {len(folder.rows)} of {already + total} rows are in {folder.path}; "
+            "the same command goes on from there"
+        ) from None
 
 
 def _seed(seed: int) -> None:

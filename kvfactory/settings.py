@@ -31,6 +31,19 @@ def settings_of(settings_class: type) -> dict[str, Setting]:
     return {each.name: Setting(each.name, hints[each.name], each.default) for each in fields(settings_class)}
 
 
+def row_value(value: Any, kind: Any) -> Any:
+    """A setting as rows have it: with one JSON type, whatever its value is, or tables of rows could not be read.
+
+    A number that may be a word or a share instead is text; whole numbers are floats where fractions may be.
+    """
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if value is None or isinstance(value, bool):
+        return value
+    if any(option in (str, Share) or isinstance((get_args(option) or [None])[0], str) for option in options):
+        return str(value)
+    return float(value) if float in options else value
+
+
 def convert(name: str, value: Any, kind: Any) -> Any:
     """A setting's value as the type its field has; strings are read, other values are checked.
 

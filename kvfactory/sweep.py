@@ -18,7 +18,18 @@ from .benchmarks import Benchmark, Example
 from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
 from .jobs import Job
-from .results import Row, RunFolder
+from .recording import Recorder
+from .results import Row, RunFolder, key_of
+from .run_format import Course, Size, Subject, flat
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a sequence keeps of its prompt, right after the prefill."""
+
+    size: Size
+    kept: str
+    """Which tokens those are, for the recorder."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,8 +38,7 @@ class Running(DecodeRow):
 
     example: Example
     job: Job
-    footprint: Row
-    """Its size right after the prefill."""
+    footprint: Footprint
     question_tokens: int = 0
     """Tokens read after the prompt was compressed, or after the answer before."""
     fork: DecodedSequence | None = None
@@ -46,13 +56,15 @@ class Sweep:
         jobs: Sequence[Job],
         folder: RunFolder,
         stop: Collection[int],
+        *,
         rows_at_once: int = 64,
         bytes_at_once: float = 4 * 2**30,
+        record_tokens: int = 0,
     ) -> None:
         """`stop` are the model's own stop tokens.
 
         At most `rows_at_once` sequences decode together, and no example joins while their caches hold `bytes_at_once`;
-        an example whose rows alone are more decodes alone.
+        an example whose rows alone are more decodes alone. Of each prompt `record_tokens` are recorded (`recording`).
         """
         self.engine = engine
         self.tokenizer = tokenizer
@@ -62,9 +74,12 @@ class Sweep:
         self.stop = frozenset(stop)
         self.rows_at_once = rows_at_once
         self.bytes_at_once = bytes_at_once
+        self.recorder = Recorder(folder, tokenizer, record_tokens)
         self._following = {each.after: each for each in benchmark.examples() if each.after is not None}
-        self._compressed: dict[Any, tuple[DecodedSequence, Row]] = {}
+        self._compressed: dict[Any, tuple[DecodedSequence, Footprint]] = {}
         """The prompt of the example before under each job that has read it, while more questions about it follow."""
+        self._asked = ""
+        """The example before."""
 
     def missing(self) -> list[tuple[Example, list[Job]]]:
         """What is left to do: examples with a prompt of their own, and the jobs that lack its row or one of a later turn."""
@@ -95,7 +110,7 @@ class Sweep:
         jobs = {job.key: rank for rank, job in enumerate(self.jobs)}
 
         def rank(row: Row) -> tuple[int, int]:
-            job = jobs.get((row["method"], row["budget"]), len(jobs))
+            job = jobs.get(key_of(row)[1:], len(jobs))
             return job, examples.get(row["example_id"], len(examples))
 
         return sorted(self.folder.rows, key=rank)
@@ -122,16 +137,16 @@ class Sweep:
             active = self._step(active, on_row)
 
     def _has_room(self, active: list[Running], more: int) -> bool:
-        held = sum(row.footprint["cache_bytes"] for row in active)
+        held = sum(row.footprint.size.cache_bytes for row in active)
         return len(active) + more <= self.rows_at_once and held < self.bytes_at_once
 
     def _read(self, example: Example, jobs: Sequence[Job]) -> list[Running]:
         """Prompt and targets in one pass; the rows have ended then."""
         text = [*self.benchmark.prompt_ids(example), *self.benchmark.target_ids(example)]
+        self.recorder.prompt(example.id, text)
         sequences = self.engine.prefill(text, [job.method for job in jobs], losses=True)
-        full = full_cache_bytes(self.engine.model, len(text))
         return [
-            Running(sequence=each, max_new_tokens=0, stop=(), example=example, job=job, footprint=footprint(each, full))
+            Running(sequence=each, max_new_tokens=0, stop=(), example=example, job=job, footprint=self._footprint(each))
             for job, each in zip(jobs, sequences, strict=True)
         ]
 
@@ -140,20 +155,27 @@ class Sweep:
         rows = [self._turn(example, job, *prompts[job.key]) for job in jobs]
         return self._ready(rows)
 
-    def _prompts(self, example: Example, jobs: Sequence[Job], more: bool) -> dict[Any, tuple[DecodedSequence, Row]]:
+    def _prompts(
+        self, example: Example, jobs: Sequence[Job], more: bool
+    ) -> dict[Any, tuple[DecodedSequence, Footprint]]:
         """The example's prompt under each job, and its size; held for the next example if it has `more` to ask."""
         held, self._compressed = self._compressed, {}
         unread = [job for job in jobs if job.key not in held]
-        if unread:
-            sequences = self.engine.prefill(self.benchmark.prompt_ids(example), [job.method for job in unread])
-            full = full_cache_bytes(self.engine.model, sequences[0].prompt_tokens)
-            held |= {job.key: (each, footprint(each, full)) for job, each in zip(unread, sequences, strict=True)}
+        question = self.benchmark.question_ids(example)
+        if not unread:
+            self.recorder.question(example.id, question, behind=self._asked)
+        else:
+            ids = self.benchmark.prompt_ids(example)
+            self.recorder.prompt(example.id, ids, question)
+            sequences = self.engine.prefill(ids, [job.method for job in unread])
+            held |= {job.key: (each, self._footprint(each)) for job, each in zip(unread, sequences, strict=True)}
+        self._asked = example.id
         if not more:
             return held
         self._compressed = held
         return {job.key: (held[job.key][0].fork(), held[job.key][1]) for job in jobs}
 
-    def _turn(self, example: Example, job: Job, sequence: DecodedSequence, size: Row) -> Running:
+    def _turn(self, example: Example, job: Job, sequence: DecodedSequence, size: Footprint) -> Running:
         """The example's question, put to a sequence that has the prompt or earlier turns behind it."""
         question = self.benchmark.question_ids(example)
         if question:
@@ -195,44 +217,53 @@ class Sweep:
         sequence = ended.fork or ended.sequence
         if not ended.fork and sequence.stop_reason == "stop":
             sequence.unfed.pop()  # the stop token belongs to what the next turn begins with
+        self.recorder.question(
+            turn.id, self.benchmark.question_ids(turn), behind=ended.example.id, after=ended.example.id
+        )
         fresh = replace(sequence, tokens=[], losses=[], decode_seconds=0.0, stop_reason=None)
         return self._ready([self._turn(turn, ended.job, fresh, ended.footprint)])
 
     def _write(self, ended: Running, on_row: Callable[[Row], None]) -> None:
         row = self._row(ended)
+        self.recorder.kept(row, ended.footprint.kept)
         self.folder.append(row)
         on_row(row)
 
     def _row(self, ended: Running) -> Row:
         sequence, example, job = ended.sequence, ended.example, ended.job
+        course = Course(
+            prompt_tokens=sequence.prompt_tokens,
+            question_tokens=ended.question_tokens,
+            new_tokens=len(sequence.tokens),
+            read_tokens_mean=fmean(sequence.cache.read()),
+            stop_reason=sequence.stop_reason,
+            prefill_seconds=sequence.prefill_seconds,
+            compress_seconds=sequence.cache.compress_seconds,
+            decode_seconds=sequence.decode_seconds,
+        )
         return {
-            **self._head(example, job),
+            **flat(self._subject(example, job, sequence.prompt_tokens)),
             **self._result(ended),
             **({} if example.ability is None else {"ability": example.ability}),
-            **ended.footprint,
-            "prompt_tokens": sequence.prompt_tokens,
-            "question_tokens": ended.question_tokens,
-            "new_tokens": len(sequence.tokens),
-            "read_tokens_mean": fmean(sequence.cache.read()),
-            "stop_reason": sequence.stop_reason,
-            "prefill_seconds": sequence.prefill_seconds,
-            "compress_seconds": sequence.cache.compress_seconds,
-            "decode_seconds": sequence.decode_seconds,
+            **flat(ended.footprint.size),
+            **flat(course),
             **job.method.row_fields(sequence.cache.stores),
             **example.info,
         }
 
-    def _head(self, example: Example, job: Job) -> Row:
-        """What a row is about."""
-        return {
-            "benchmark": self.benchmark.name,
-            "group": example.group,
-            "example_id": example.id,
-            "method": job.label,
-            "budget": job.budget,
-            "settings": job.method.settings(),
-            "memory": job.method.memory,
-        }
+    def _subject(self, example: Example, job: Job, prompt_tokens: int) -> Subject:
+        method = job.method.for_prompt(prompt_tokens)
+        settings, budget = method.row_settings(), method.settings().get("budget")
+        return Subject(
+            benchmark=self.benchmark.name,
+            group=example.group,
+            example_id=example.id,
+            method=job.label,
+            budget=budget,
+            budget_share=job.budget if isinstance(job.budget, str) else None,
+            settings=settings | ({"budget": budget} if "budget" in settings else {}),
+            memory=job.method.memory,
+        )
 
     def _result(self, ended: Running) -> Row:
         """What was generated and how it scores, or what the targets cost."""
@@ -242,20 +273,24 @@ class Sweep:
         scores = self.benchmark.score(ended.example, prediction)
         return {"prediction": prediction, "answers": ended.example.answers, **scores, "scores": list(scores)}
 
+    def _footprint(self, sequence: DecodedSequence) -> Footprint:
+        full = full_cache_bytes(self.engine.model, sequence.prompt_tokens)
+        return Footprint(size_of(sequence, full), self.recorder.levels(sequence.cache.stores, sequence.prompt_tokens))
 
-def footprint(sequence: DecodedSequence, full: int) -> Row:
-    """What a sequence keeps of its prompt: entries per head over the layers, bytes, and the ratio to a full cache."""
+
+def size_of(sequence: DecodedSequence, full: int) -> Size:
+    """What a sequence that has read its prompt keeps of it; a cache of the prompt that keeps everything has `full` bytes."""
     kept = sequence.cache.kept()
     held = sequence.cache.nbytes()
-    return {
-        "kept_tokens_min": min(kept),
-        "kept_tokens_mean": sum(kept) / len(kept),
-        "kept_tokens_max": max(kept),
-        "cache_bytes": held,
-        "full_cache_bytes": full,
-        "ratio": held / full,
-        "evicted": min(kept) < sequence.prompt_tokens,
-    }
+    return Size(
+        kept_tokens_min=min(kept),
+        kept_tokens_mean=sum(kept) / len(kept),
+        kept_tokens_max=max(kept),
+        cache_bytes=held,
+        full_cache_bytes=full,
+        ratio=held / full,
+        evicted=min(kept) < sequence.prompt_tokens,
+    )
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -117,13 +117,12 @@ class Hierarchical(StoringMethod):
                 level is None or level >= self.least_level,
                 f"--{name} is {level}; mode {self.mode} reads levels from {self.least_level} on",
             )
-        if isinstance(self.budget, int):
-            always = self.sink_size + self.recent_size
-            require(
-                self.budget > always,
-                f"budget {self.budget} leaves hierarchical nothing to choose: it always keeps {always} tokens; "
-                f"give --max_capacity_prompts more than {always}",
-            )
+        always = self.sink_size + self.recent_size
+        require(
+            not isinstance(self.budget, int) or self.budget > always,
+            f"budget {self.budget} leaves hierarchical nothing to choose: it always keeps {always} tokens; "
+            f"give --max_capacity_prompts more than {always}",
+        )
 
     @property
     def memory(self) -> Literal["physical", "nominal"]:
@@ -139,11 +138,12 @@ class Hierarchical(StoringMethod):
         """Whether entries aside are compared with each query."""
         return self.mode != "mask"
 
+    def for_prompt(self, tokens: int) -> Self:
+        least = self.sink_size + self.recent_size + 1
+        return replace(self, budget=max(self.budget.of(tokens), least)) if isinstance(self.budget, Share) else self
+
     def compress(self, layer: LayerContext) -> Store:
-        budget = self.budget
-        if isinstance(budget, Share):
-            budget = max(budget.of(layer.num_tokens), self.sink_size + self.recent_size + 1)
-        method = replace(self, budget=budget)
+        method = self.for_prompt(layer.num_tokens)
         together = [layer] if self.popularity_scope == "layer" else list(layer.stored_heads(layer.kv_heads))
         hits = self.hits_of_prompt(layer, len(together))
         stores = [PopularityStore(*each, method) for each in zip(together, hits, strict=True)]

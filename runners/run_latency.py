@@ -28,7 +28,7 @@ from kvfactory.jobs import Job
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.card import card, print_card, save_card
 from kvfactory.report.tables import score_names
-from kvfactory.results import META, Row, RunFolder, load_rows
+from kvfactory.results import META, Row, RunFolder, key_of, load_rows
 from kvfactory.runner import Runner, run_benchmark, sweep_jobs
 from kvfactory.sweep import Sweep
 
@@ -115,7 +115,7 @@ def card_jobs(registry: Registry, flags: dict[str, Any], settings: dict[str, Any
     if flags["scores"]:
         rows = load_rows(flags["scores"])
         require(any("score" in row for row in rows), f"--scores {flags['scores']}: its rows have no scores")
-        there = {(row["method"], row["budget"]) for row in rows}
+        there = {key_of(row)[1:] for row in rows}
         listed = ", ".join(f"{method} {budget or 'full'}" for method, budget in dict.fromkeys(there))
         require(
             any(job.key in there for job in jobs),
@@ -157,8 +157,9 @@ def run_beside(benchmark: Benchmark, facts: dict[str, Any], sweep: Sweep) -> lis
             sweep.jobs,
             folder,
             sweep.stop,
-            sweep.rows_at_once,
-            sweep.bytes_at_once,
+            rows_at_once=sweep.rows_at_once,
+            bytes_at_once=sweep.bytes_at_once,
+            record_tokens=sweep.recorder.most,
         )
         print(f"notice: {beside.count_missing()} answers to score for the card, in {path}", file=sys.stderr)
         unless_out_of_memory(beside.run)

@@ -47,7 +47,7 @@ from kvfactory.registry import Registry, get_registry
 from kvfactory.report.tables import summarise
 from kvfactory.results import Row
 from kvfactory.runner import Runner, run_benchmark, sweep_jobs
-from kvfactory.sweep import Running, Sweep, footprint, full_cache_bytes
+from kvfactory.sweep import Running, Sweep, full_cache_bytes, size_of
 
 SETTINGS = {
     "seqlen": "Tokens of a window.  disjoint, strided, leaky_single_pass [default: 2048]",
@@ -87,7 +87,8 @@ class PerplexitySweep(Sweep):
         if self.benchmark.protocol.evicts_on_the_way:
             fed = ended.sequence.cache.seen
             whole = replace(ended.sequence, prompt_tokens=fed)
-            ended.footprint = footprint(whole, full_cache_bytes(self.engine.model, fed))
+            size = size_of(whole, full_cache_bytes(self.engine.model, fed))
+            ended.footprint = replace(ended.footprint, size=size)
         return super()._row(ended)
 
 

@@ -15,11 +15,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.reading import KINDS, PLACEMENTS, Reading, read_passages
+from kvfactory.benchmarks.reading import KINDS, PLACEMENTS, Reading, read_passages, score
 from kvfactory.chat import check_window
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.report.tables import by_fields, plain_table
+from kvfactory.report.tables import by_fields
+from kvfactory.report.terminal import plain_table
 from kvfactory.results import Row
 from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
@@ -79,7 +80,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
     grows = ("placements", "kinds", "max_num_examples")
-    register("reading", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows))
+    runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows, score=score)
+    register("reading", runner)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -19,15 +19,17 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
+from kvfactory.benchmarks.ruler import GeneratedRuler, Sources, score
 from kvfactory.benchmarks.ruler_files import ReadyMade
 from kvfactory.chat import chat_ids, context_window
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.metrics import RULER_TASKS, postprocess_pred
-from kvfactory.report.tables import budget_name, by_fields, plain_table
+from kvfactory.report.tables import by_fields
+from kvfactory.report.terminal import plain_table
 from kvfactory.results import Row
+from kvfactory.run_format import budget_name
 from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 LENGTH = 1024
@@ -101,7 +103,7 @@ def scores(rows: Sequence[Row]) -> pd.DataFrame:
     named = [{**row, "length": row["context_length"]} for row in rows]
     frame = by_fields(named, "length", "task", RULER_TASKS)
     empty = Counter(
-        (row["method"], budget_name(row["budget"]), row["length"])
+        (row["method"], budget_name(row), row["length"])
         for row in named
         if not postprocess_pred(row["prediction"])
     )
@@ -122,7 +124,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
     grows = ("tasks", "lengths", "samples")
-    register("ruler", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows))
+    runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows, score=score)
+    register("ruler", runner)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

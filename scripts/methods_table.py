@@ -30,8 +30,8 @@ from kvfactory.jobs import Job, make_jobs
 from kvfactory.method import EvictionMethod
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import facts, markdown, settings_text
-from kvfactory.report.tables import budget_name
 from kvfactory.results import Row, load_rows
+from kvfactory.run_format import budget_name
 from kvfactory.settings import settings_of
 from kvfactory.sweep import full_cache_bytes
 
@@ -202,7 +202,7 @@ def scores(rows: Iterable[Row], label: str) -> list[str]:
     found: dict[object, list[float]] = {}
     for row in rows:
         if row["method"] == label:
-            found.setdefault(budget_name(row["budget"]), []).append(row["score"])
+            found.setdefault(budget_name(row), []).append(row["score"])
     means = {budget: f"{100 * sum(each) / len(each):.0f}" for budget, each in found.items()}
     return [means.get(budget, means.get("full", "-")) for budget in BUDGETS]
 

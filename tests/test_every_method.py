@@ -60,7 +60,7 @@ def test_the_longbench_runner_runs_them_all_at_a_share_of_the_prompt(tmp_path: P
     flags = ["--method", ",".join(METHODS), "--max_capacity_prompts", "10%", "--save_dir", str(tmp_path / "run")]
     assert run_longbench([*flags, "--datasets", "hotpotqa", "--data_dir", str(tmp_path)]) == 0
     rows = load_rows(tmp_path / "run")
-    assert {row["budget"] for row in rows} == {None, "10%"}
+    assert {(row["budget"] is None, row["budget_share"]) for row in rows} == {(True, None), (False, "10%")}
     check_rows(tmp_path / "run", int(rows[0]["prompt_tokens"] * 0.1))
 
 

@@ -24,8 +24,10 @@ from kvfactory.benchmarks.latency import Latency, LatencySweep, largest_batch, m
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.registry import get_registry
 from kvfactory.report.card import card, print_card, with_scores
-from kvfactory.report.tables import print_table, summarise
+from kvfactory.report.tables import summarise
+from kvfactory.report.terminal import print_table
 from kvfactory.results import Row, RunFolder, load_rows
+from kvfactory.run_format import budget_name
 from kvfactory.sweep import full_cache_bytes
 from kvfactory.testing import TINY, TINY_CONFIGS, tiny_model
 
@@ -63,7 +65,7 @@ def run(benchmark: Latency, jobs: Sequence[Job], path: Path, stop: Sequence[int]
 
 def shown(rows: Sequence[Row]) -> str:
     page = io.StringIO()
-    print_table(summarise(rows), Console(file=page, width=100))
+    print_table(rows, Console(file=page, width=100))
     return page.getvalue()
 
 
@@ -330,7 +332,7 @@ def test_the_command_and_its_card(tiny: Path, tmp_path: Path, capsys: Any, monke
     assert [(each["prompt"], each["method"], each["budget"]) for each in lines] == [
         (f"160/batch{size}", *each) for size in (1, 2) for each in configurations
     ]
-    rows = {(row["group"], row["method"], row["budget"] or "full"): row for row in load_rows(tmp_path)}
+    rows = {(row["group"], row["method"], str(budget_name(row))): row for row in load_rows(tmp_path)}
     needles = load_rows(tmp_path / "needle")
     assert len(needles) == 5 * len(configurations) and len(order) == 3 * (2 + 5), "of batch 1, what was missing"
     for line in lines:
@@ -338,14 +340,15 @@ def test_the_command_and_its_card(tiny: Path, tmp_path: Path, capsys: Any, monke
         found = [
             each["score"]
             for each in needles
-            if (each["method"], each["budget"] or "full") == (line["method"], line["budget"])
+            if (each["method"], str(budget_name(each))) == (line["method"], line["budget"])
         ]
         assert float(line["score"]) == pytest.approx(100 * fmean(found))
         assert float(line["ttft_seconds"]) == pytest.approx(row["ttft_seconds"])
         assert float(line["cache_gib"]) == row["cache_bytes"] / 2**30
         assert int(line["largest_batch"]) == row["largest_batch"]
-        if row["budget"]:
-            assert row["kept_tokens_mean"] == pytest.approx(160 * float(row["budget"][:-1]) / 100, abs=4)
+        if row["budget_share"]:
+            assert row["budget"] == int(160 * float(row["budget_share"][:-1]) / 100)
+            assert row["kept_tokens_mean"] == pytest.approx(row["budget"], abs=4)
     page = (tmp_path / "card.md").read_text().splitlines()
     assert len(page) == 2 + len(lines) and page[0].startswith(
         "| prompt | method | budget | score | cache GiB | tokens/s |"

@@ -19,8 +19,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvfactory.environment import environment
 from kvfactory.errors import UserError
-from kvfactory.results import RunFolder, environment, load_rows
+from kvfactory.results import RunFolder, load_rows
 
 FORK = multiprocessing.get_context("fork")  # a child starts in milliseconds: it need not import torch again
 SETTINGS = {"window_size": 8, "pooling": "maxpool"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -16,14 +17,18 @@ from typing import Any
 import pytest
 import torch
 from entry_points import run_longbench, run_needle
+from rich.console import Console
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kvfactory import Engine, models
+from kvfactory import Engine, UserError, models
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import Needle
 from kvfactory.jobs import make_jobs
+from kvfactory.progress import RunningScores, RunProgress, shown
+from kvfactory.recording import load_kept
 from kvfactory.registry import get_registry
-from kvfactory.results import RunFolder, load_rows
+from kvfactory.results import Key, RunFolder, key_of, load_rows
+from kvfactory.run_format import budget_name
 from kvfactory.sweep import Sweep
 from kvfactory.testing import TINY, TINY_CONFIGS
 
@@ -254,38 +259,119 @@ def small_sweep(model: Any, tokenizer: Any, folder: RunFolder) -> Sweep:
     grid = {"lengths": [160], "depths": [0.0, 50.0, 100.0], "samples": 4}
     benchmark = Needle(tokenizer, style="number", haystack=load_haystack(), **grid)
     jobs = make_jobs(get_registry(), ["fullkv", "snapkv", "h2o"], [32, 64])
-    return Sweep(Engine(model), tokenizer, benchmark, jobs, folder, stop=(), rows_at_once=12)
+    return Sweep(Engine(model), tokenizer, benchmark, jobs, folder, stop=(), rows_at_once=12, record_tokens=64)
 
 
-def test_twenty_kills_at_random_moments_lose_no_row_and_make_none_twice(tiny: Path, tmp_path: Path) -> None:
-    """Forked children, since each start of the command itself would spend seconds on imports."""
+def keys_of(rows: list[dict[str, Any]]) -> list[Key]:
+    return [key_of(row) for row in rows]
+
+
+def test_a_hundred_kills_at_random_moments_lose_no_row_and_make_none_twice(tiny: Path, tmp_path: Path) -> None:
+    """Forked children, since each start of the command itself would spend seconds on imports.
+
+    Once, while a child works, another process asks for the folder and is told in one line that it cannot have it.
+    """
     model, tokenizer = models.load_model(tiny, dtype="float32", device="cpu")
     rng = random.Random(7)
     seen: list[dict[str, Any]] = []
+    refusals = 0
     torch.set_num_threads(1)  # a forked child must not wait for threads that stayed behind
-    for attempt in range(20):
+    for attempt in range(100):
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
             with RunFolder.open(tmp_path, {"grid": 1}, environment={}) as folder:
                 small_sweep(model, tokenizer, folder).run()
             os._exit(0)
-        time.sleep(rng.uniform(0.05, 0.6))
+        time.sleep(rng.uniform(0.0, 0.25))
+        if not refusals:
+            try:
+                RunFolder.open(tmp_path, {"grid": 1}, environment={}).close()
+            except UserError as problem:
+                said = f"{tmp_path}: another process is writing here; let it finish or use another --save_dir"
+                assert str(problem) == said
+                refusals += 1
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         rows = load_rows(tmp_path) if (tmp_path / "rows.jsonl").exists() else []
         assert rows[: len(seen)] == seen, f"kill {attempt} lost or changed a row"
         seen = rows
+    assert refusals == 1
     with RunFolder.open(tmp_path, {"grid": 1}, environment={}) as folder:
         sweep = small_sweep(model, tokenizer, folder)
         wanted = {(example.id, job.label, job.budget) for example in sweep.benchmark.examples() for job in sweep.jobs}
         sweep.run()
         assert sweep.missing() == []
     rows = load_rows(tmp_path)
-    keys = [(row["example_id"], row["method"], row["budget"]) for row in rows]
-    assert len(keys) == len(set(keys)) and set(keys) == wanted
+    assert len(rows) == len(wanted) and set(keys_of(rows)) == wanted
+    assert set(load_kept(tmp_path)) == {(row["example_id"], row["method"], str(budget_name(row))) for row in rows}
     with RunFolder.open(tmp_path / "unbroken", {"grid": 1}, environment={}) as folder:
         small_sweep(model, tokenizer, folder).run()
-    predictions = {key: row["prediction"] for key, row in zip(keys, rows, strict=True)}
+    predictions = dict(zip(keys_of(rows), [row["prediction"] for row in rows], strict=True))
     for row in load_rows(tmp_path / "unbroken"):
-        assert predictions[row["example_id"], row["method"], row["budget"]] == row["prediction"]
+        assert predictions[key_of(row)] == row["prediction"]
+
+
+# -- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append, written = RunFolder.append, []
+
+    def interrupted(folder: RunFolder, row: dict[str, Any]) -> None:
+        append(folder, row)
+        written.append(row)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append", interrupted)
+    flags = needle(tiny, tmp_path / "run")
+    assert run_needle(flags) == 130
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"error: interrupted: 2 of 6 rows are in {tmp_path / 'run'}; the same command goes on from there"
+    monkeypatch.setattr(RunFolder, "append", append)
+    assert run_needle(flags) == 0
+    captured = capsys.readouterr()
+    assert f"2 rows are in {tmp_path / 'run'} already, 4 to go" in captured.err
+    assert load_rows(tmp_path / "run")[:2] == written and len(load_rows(tmp_path / "run")) == 6
+
+
+def test_a_log_has_no_progress_and_a_quiet_run_says_nothing_of_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert run_needle(needle(tiny, tmp_path / "run")) == 0
+    assert capsys.readouterr().err == "", "not a terminal"
+    assert run_needle([*needle(tiny, tmp_path / "run"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "needle: " in captured.out
+
+
+def test_the_progress_shows_rate_time_left_and_each_methods_score_so_far() -> None:
+    row = {"method": "snapkv", "budget": 64, "score": 1.0}
+    before = [row, row | {"score": 0.0}, row | {"method": "fullkv", "budget": None}]
+    progress = RunProgress("needle: 5 prompts, 2 configurations", total=10, before=before)
+    page = io.StringIO()
+    terminal = Console(file=page, force_terminal=True, color_system=None, width=110)
+    with shown(progress, terminal, quiet=False):
+        for _ in range(4):
+            progress(row)
+    last = page.getvalue().split("needle: 5 prompts")[-1]
+    assert "4/10" in last and "rows/s" in last and "left" in last
+    assert progress.scores.means() == {"snapkv": {"64": pytest.approx(100 * 5 / 6)}, "fullkv": {"full": 100.0}}
+    lines = [line.split() for line in last.splitlines()[1:4]]
+    assert lines == [["score", "so", "far", "64", "full"], ["snapkv", "83.3"], ["fullkv", "100.0"]]
+    silent = io.StringIO()
+    for console, quiet in ((Console(file=silent), False), (Console(file=silent, force_terminal=True), True)):
+        with shown(progress, console, quiet):
+            progress(row)
+    assert silent.getvalue() == ""
+
+
+def test_running_scores_follow_what_a_benchmark_measures() -> None:
+    scores = RunningScores([{"method": "a", "budget": 8, "oom": True}])
+    for nll in (2.0, 3.0):
+        scores.add({"method": "a", "budget": 8, "budget_share": "10%", "nll": nll})
+    assert (scores.measure, scores.means()) == ("nll", {"a": {"10%": 2.5}})

@@ -38,7 +38,8 @@ from kvfactory.jobs import Job
 from kvfactory.method import Method
 from kvfactory.report.card import with_scores
 from kvfactory.results import Row
-from kvfactory.sweep import Sweep, footprint, full_cache_bytes
+from kvfactory.run_format import Size, flat
+from kvfactory.sweep import Sweep, full_cache_bytes, size_of
 
 try:
     import resource
@@ -134,7 +135,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], method: Method, ne
     sequences = engine.prefill_batch(prompts, method)
     engine.decode(sequences, 1)
     first = now(device) - started
-    size = batch_footprint(sequences, full_cache_bytes(engine.model, sequences[0].prompt_tokens))
+    size = batch_size_of(sequences, full_cache_bytes(engine.model, sequences[0].prompt_tokens))
     started = now(device)
     engine.decode(sequences, new_tokens - 1)
     rest = now(device) - started
@@ -149,7 +150,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], method: Method, ne
             "total": first + rest,
         },
         {
-            **size,
+            **flat(size),
             "cache_bytes_end": sum(cache.nbytes() for cache in caches),
             "read_tokens_mean": fmean(entries for cache in caches for entries in cache.read()),
             "new_tokens": len(sequences[0].tokens),
@@ -159,19 +160,19 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], method: Method, ne
     )
 
 
-def batch_footprint(sequences: Sequence[DecodedSequence], full: int) -> Row:
-    """`footprint` of a batch: entries per head over all its sequences, and bytes of all together; `full` is of one."""
-    each = [footprint(sequence, full) for sequence in sequences]
-    held, whole = sum(one["cache_bytes"] for one in each), full * len(each)
-    return {
-        "kept_tokens_min": min(one["kept_tokens_min"] for one in each),
-        "kept_tokens_mean": fmean(one["kept_tokens_mean"] for one in each),
-        "kept_tokens_max": max(one["kept_tokens_max"] for one in each),
-        "cache_bytes": held,
-        "full_cache_bytes": whole,
-        "ratio": held / whole,
-        "evicted": any(one["evicted"] for one in each),
-    }
+def batch_size_of(sequences: Sequence[DecodedSequence], full: int) -> Size:
+    """`size_of` a batch: entries per head over all its sequences, and bytes of all together; `full` is of one."""
+    each = [size_of(sequence, full) for sequence in sequences]
+    held, whole = sum(one.cache_bytes for one in each), full * len(each)
+    return Size(
+        kept_tokens_min=min(one.kept_tokens_min for one in each),
+        kept_tokens_mean=fmean(one.kept_tokens_mean for one in each),
+        kept_tokens_max=max(one.kept_tokens_max for one in each),
+        cache_bytes=held,
+        full_cache_bytes=whole,
+        ratio=held / whole,
+        evicted=any(one.evicted for one in each),
+    )
 
 
 def _reset_peak(gpus: set[torch.device]) -> int:
@@ -249,7 +250,7 @@ class LatencySweep(Sweep):
     def _row_of(self, example: Example, job: Job, runs: Sequence[Run | None]) -> Row:
         done = [run for run in runs if run is not None]
         return {
-            **self._head(example, job),
+            **flat(self._subject(example, job, example.info["length"])),
             **example.info,
             "oom": len(done) < len(runs),
             **(self._numbers(example, done) if len(done) == len(runs) else {}),

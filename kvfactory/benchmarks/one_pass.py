@@ -6,8 +6,8 @@ tokens cost. Here each layer is compressed first, and its queries attend to what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -68,8 +68,14 @@ class AttendToKept(Method):
     def parts(self) -> list[Part]:
         return self.method.parts()
 
+    def for_prompt(self, tokens: int) -> Self:
+        return replace(self, method=self.method.for_prompt(tokens))
+
     def settings(self) -> dict[str, Any]:
         return self.method.settings()
+
+    def row_settings(self) -> dict[str, Any]:
+        return self.method.row_settings()
 
 
 def acts_in_one_pass(method: Method) -> bool:

@@ -39,13 +39,13 @@ def with_scores(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str,
     if not scored:
         return [dict(row) for row in rows]
     frame = summarise(scored)
-    lines = pd.concat([frame, overall(frame).assign(group=FULL)]).dropna(subset="score").to_dict("records")
+    lines = pd.concat([frame, overall(scored).assign(group=FULL)]).dropna(subset="score").to_dict("records")
     found = {(line["group"], line["method"], line["budget"]): line["score"] / 100 for line in lines}
     groups, name = {line["group"] for line in lines}, scored[0]["benchmark"]
 
     def score(row: Mapping[str, Any]) -> float | None:
         group = str(row["length"])
-        return found.get((group if group in groups else FULL, row["method"], budget_name(row["budget"])))
+        return found.get((group if group in groups else FULL, row["method"], budget_name(row)))
 
     return [{**row, name: score(row), "scores": [name]} for row in rows]
 
