@@ -283,6 +283,7 @@ def test_scores_stand_beside_the_costs_of_their_own_method_budget_and_length(job
     assert lines["60/batch1", "snapkv"] == [
         "16",
         "25.00",
+        "-",
         f"{row['cache_bytes'] / 2**30:.4f}",
         f"{row['tokens_per_second']:,.1f}",
         f"{row['ttft_seconds']:.3f}",
@@ -343,6 +344,7 @@ def test_the_command_and_its_card(tiny: Path, tmp_path: Path, capsys: Any, monke
             if (each["method"], str(budget_name(each))) == (line["method"], line["budget"])
         ]
         assert float(line["score"]) == pytest.approx(100 * fmean(found))
+        assert float(line["score_low"]) <= float(line["score"]) <= float(line["score_high"])
         assert float(line["ttft_seconds"]) == pytest.approx(row["ttft_seconds"])
         assert float(line["cache_gib"]) == row["cache_bytes"] / 2**30
         assert int(line["largest_batch"]) == row["largest_batch"]
@@ -351,7 +353,7 @@ def test_the_command_and_its_card(tiny: Path, tmp_path: Path, capsys: Any, monke
             assert row["kept_tokens_mean"] == pytest.approx(row["budget"], abs=4)
     page = (tmp_path / "card.md").read_text().splitlines()
     assert len(page) == 2 + len(lines) and page[0].startswith(
-        "| prompt | method | budget | score | cache GiB | tokens/s |"
+        "| prompt | method | budget | score | 95 % interval | cache GiB | tokens/s |"
     )
     assert "card.csv" in printed and "card.md" in printed
     order.clear()

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvfactory.run_format import FULL, budget_name
+
 from .methods import markdown
-from .tables import FULL, budget_name, overall, score_names, summarise
+from .tables import overall, score_names, summarise
 
 NUMBERS = {
     "score": ("score", "{:.2f}"),
@@ -34,42 +36,51 @@ def with_scores(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str,
     """The rows of a latency run, and in each the score of its method and budget in the `scored` rows, None if there is none.
 
     It is that of the group named as the row's `length` where they have one, or else the average of all groups. The field
-    is called as the benchmark that was scored.
+    is called as the benchmark that was scored, and `score_interval` has the ends of its interval, both 0..1.
     """
     if not scored:
         return [dict(row) for row in rows]
     frame = summarise(scored)
     lines = pd.concat([frame, overall(scored).assign(group=FULL)]).dropna(subset="score").to_dict("records")
-    found = {(line["group"], line["method"], line["budget"]): line["score"] / 100 for line in lines}
+    found = {(line["group"], line["method"], line["budget"]): line for line in lines}
     groups, name = {line["group"] for line in lines}, scored[0]["benchmark"]
 
-    def score(row: Mapping[str, Any]) -> float | None:
+    def score(row: Mapping[str, Any]) -> dict[str, Any]:
         group = str(row["length"])
-        return found.get((group if group in groups else FULL, row["method"], budget_name(row)))
+        line = found.get((group if group in groups else FULL, row["method"], budget_name(row)))
+        if line is None:
+            return {name: None, "score_interval": None}
+        ends = [line[f"score_{end}"] / 100 for end in ("low", "high")]
+        return {name: line["score"] / 100, "score_interval": None if pd.isna(ends[0]) else ends}
 
-    return [{**row, name: score(row), "scores": [name]} for row in rows]
+    return [{**row, **score(row), "scores": [name]} for row in rows]
 
 
 def card(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One line per group, method and budget, from rows that `with_scores` gave a score; scores are 0..100.
 
-    Columns: prompt (length and batch size), method, budget, those of `NUMBERS`, oom.
+    Columns: prompt (length and batch size), method, budget, those of `NUMBERS` and of the score's interval, oom.
     """
     frame = summarise(rows)
     (score,) = score_names(rows)
+    intervals = {(row["group"], row["method"], budget_name(row)): row["score_interval"] for row in rows}
+    lines = zip(frame["group"], frame["method"], frame["budget"], strict=True)
+    ends = [intervals[line] or [None, None] for line in lines]
     return pd.DataFrame(
         {
             "prompt": frame["group"],
             "method": frame["method"],
             "budget": frame["budget"],
             "score": frame[score],
+            "score_low": [None if low is None else round(100 * low, 2) for low, _ in ends],
+            "score_high": [None if high is None else round(100 * high, 2) for _, high in ends],
             "cache_gib": frame["cache_bytes"] / 2**30,
             "tokens_per_second": frame.get("tokens_per_second"),
             "ttft_seconds": frame.get("ttft_seconds"),
             "largest_batch": frame.get("largest_batch"),
             "oom": frame["oom"],
         }
-    ).astype(dict.fromkeys(NUMBERS, float) | {"largest_batch": "Int64"})
+    ).astype(dict.fromkeys([*NUMBERS, "score_low", "score_high"], float) | {"largest_batch": "Int64"})
 
 
 def save_card(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -91,11 +102,13 @@ def print_card(frame: pd.DataFrame, console: Console) -> None:
 
 
 def _headings() -> list[str]:
-    return ["prompt", "method", "budget", *(heading for heading, _ in NUMBERS.values())]
+    score, *costs = (heading for heading, _ in NUMBERS.values())
+    return ["prompt", "method", "budget", score, "95 % interval", *costs]
 
 
 def _lines(frame: pd.DataFrame) -> Iterator[list[str]]:
     for line in frame.to_dict("records"):
         forms = {name: "-" if pd.isna(line[name]) else form.format(line[name]) for name, (_, form) in NUMBERS.items()}
-        costs = {name: "oom" if line["oom"] and name != "score" else text for name, text in forms.items()}
-        yield [line["prompt"], line["method"], str(line["budget"]), *costs.values()]
+        score, *costs = ("oom" if line["oom"] and name != "score" else text for name, text in forms.items())
+        interval = "-" if pd.isna(line["score_low"]) else f"{line['score_low']:.1f}-{line['score_high']:.1f}"
+        yield [line["prompt"], line["method"], str(line["budget"]), score, interval, *costs]
