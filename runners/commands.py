@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import click
+from kvfactory_runners.compare import compare_command
+from kvfactory_runners.report import report_command
+from kvfactory_runners.score import score_command
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from kvfactory.cli import registry_for, run_command
+from kvfactory.cli import plugin_option, registry_for, run_command
 from kvfactory.errors import require
 from kvfactory.registry import Registry
 from kvfactory.report.methods import first_line
 from kvfactory.runner import benchmark_command
-
-
-def plugin_option() -> click.Option:
-    """Taken at every level; `registry_for` has read it before the command is made."""
-    return click.Option(["--plugin"], multiple=True, expose_value=False, help="A Python file with a plugin in it.")
 
 
 def methods_command(registry: Registry) -> click.Command:
@@ -55,7 +53,14 @@ class Benchmarks(click.Group):
 
 def command(arguments: list[str]) -> click.Command:
     registry = registry_for(arguments)
-    own = {str(each.name): each for each in (methods_command(registry), Benchmarks(registry))}
+    commands = (
+        methods_command(registry),
+        Benchmarks(registry),
+        report_command(),
+        score_command(registry),
+        compare_command(),
+    )
+    own = {str(each.name): each for each in commands}
     for name in own:
         taken = f"a plugin registers the command '{name}', which kvfactory has itself; remove it"
         require(name not in registry.commands, taken)

@@ -118,7 +118,7 @@ def shown(within: webdriver.Chrome | WebElement, selector: str) -> list[WebEleme
 
 
 def column(page: webdriver.Chrome, place: int) -> list[str]:
-    return [cell.text for cell in shown(page, f"#leaderboard tbody td:nth-child({place})")]
+    return [cell.text for cell in shown(page, f"#leaderboard tbody tr > :nth-child({place})")]
 
 
 def heading(page: webdriver.Chrome, name: str) -> tuple[int, WebElement]:

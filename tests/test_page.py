@@ -57,6 +57,11 @@ def cells(table: PageTable, method: str, budget: object) -> dict[str, str]:
     return dict(zip([column.heading for column in table.columns], texts, strict=True))
 
 
+def _line(table: PageTable, method: str) -> tuple[list, list]:
+    (line,) = [each for each in table.lines if each.about["method"] == method]
+    return list(table.columns), list(line.cells)
+
+
 class Parsed(HTMLParser):
     """Elements of a page, and its texts."""
 
@@ -120,6 +125,11 @@ def test_differences_are_marked_where_examples_do_not_tell_them_from_zero():
     full = [answered(f"qa/{number}", "fullkv", None, 0.5) for number in range(8)]
     same = [answered(f"qa/{number}", "h2o", 64, 0.5 + 0.1 * (-1) ** number) for number in range(8)]
     worse = [answered(f"qa/{number}", "h2o", 16, 0.1 + 0.1 * (number % 2)) for number in range(8)]
+    (section,) = sections(*full, *({**row, "rougeL": 0.5, "scores": ["score", "rougeL"]} for row in same))
+    marked = [
+        column.heading for column, cell in zip(*_line(every_number(section), "fullkv"), strict=True) if cell.marks
+    ]
+    assert marked == ["difference"], "and not where the baseline has no such score"
     table = leaderboard(sections(*full, *same, *worse))
     assert cells(table, "fullkv", "full")["difference"] == "baseline"
     assert cells(table, "h2o", 64)["difference"] == "≈ +0.00"
@@ -189,7 +199,7 @@ def test_perplexities_and_latencies_have_tables_of_their_own_and_no_place_on_the
     first, second = sections(*windows, *times)
     assert leaderboard([first, second]).lines == []
     assert cells(every_number(first), "h2o", 64)["perplexity"] == "4.48"  # exp of 1.5, not the mean
-    assert cells(every_number(first), "h2o", 64)["nll"] == "1.5000"
+    assert cells(every_number(first), "h2o", 64)["nats"] == "1.5000"
     found = cells(every_number(second), "h2o", 64)
     assert found["first token s"] == "0.250" and "perplexity" not in found
     assert cells(every_number(second), "tova", 64)["first token s"] == "oom"
@@ -209,6 +219,7 @@ def test_two_runs_of_one_benchmark_stand_side_by_side_and_are_not_mixed(tmp_path
         for name, score in (("llama", 1.0), ("qwen", 0.0))
     ]
     runs.append(run_of(tmp_path / "ruler", [answered("a/1", "h2o", 64, 0.5, benchmark="ruler")]))
+    assert list(labelled(runs)) == ["llama/needle", "qwen/needle", "ruler"]
     found = sections_of(labelled(runs))
     assert [section.name for section in found] == ["needle (llama/needle)", "needle (qwen/needle)", "ruler"]
     lines = leaderboard(found).lines
@@ -347,12 +358,20 @@ def test_every_column_is_explained(page):
     assert headings and all(each["title"] for each in headings)
 
 
-def test_what_cannot_be_drawn_is_said_in_its_place(tmp_path):
-    bare = {"benchmark": "longbench", "group": "qa", "method": "h2o", "budget": None, "budget_share": "unknown"}
-    rows = [{**bare, "example_id": f"qa/{n}", "score": 0.5, "prediction": "", "answers": []} for n in range(2)]
+def test_what_cannot_be_drawn_is_said_in_its_place_and_the_rest_is_drawn(tmp_path):
+    bare = {"benchmark": "longbench", "group": "qa", "context_length": 8, "depth_percent": 0.0}
+    budgets = [{"budget": 32}, {"budget": 64}, {"budget": 128}]
+    rows = [
+        {**bare, **budget, "method": "h2o", "example_id": f"qa/{n}", "score": 2.0 * n, "prediction": "", "answers": []}
+        for budget in budgets
+        for n in range(2)
+    ]
     parsed = Parsed(render([Run(tmp_path, rows, {}, [])]))
-    assert any("ratio of its cache" in text for text in parsed.inside("li"))
-    assert any("nothing here keeps everything" in text for text in parsed.inside("li"))
+    notes = parsed.inside("li")
+    assert sum("ratio of its cache" in text for text in notes) == 1, "memory is not known"
+    assert sum("heatmaps show 0..1" in text for text in notes) == 1, "of three configurations it is said once"
+    assert any("nothing here keeps everything" in text for text in notes)
+    assert ["by budget" in image["alt"] for image in parsed.of("img")] == [True]
     assert "not recorded" in parsed.inside("td"), "neither model nor device are known"
 
 

@@ -2,30 +2,27 @@
 
     save_heatmaps(rows, folder)     # folder/plots/needle_all.png, and one figure per method and budget beside it
 
-A figure has depth downwards (0 on top), context length to the right and the mean score as colour, 0..1. The lengths and
-depths are those of all rows, so a cell without rows shows as a hatched gap: it is missing, not zero.
+A figure has depth downwards (0 on top), context length to the right and the mean score as colour, 0..1, and is there as PNG
+and as SVG. The lengths and depths are those of all rows, so a cell without rows shows as a hatched gap: it is missing, not
+zero.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from kvfactory.errors import UserError, unknown
-from kvfactory.report.tables import FULL, budget_name, score_names
-
-COLOURS = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
-DOTS_PER_INCH = 150
+from kvfactory.report.figures import COLOUR_MAP, free_name, ink, new_figure, save_figure, wrapped
+from kvfactory.report.tables import score_names
+from kvfactory.run_format import FULL, budget_name
 
 Configuration = tuple[str, int | str]  # method, budget
 Inches = tuple[float, float]  # width, height
@@ -39,13 +36,8 @@ def save_heatmaps(rows: Sequence[Mapping[str, Any]], folder: str | Path, score: 
     grids = score_grids(rows, score)
     figures = {"needle_all": overview(grids)}
     for (method, budget), grid in grids.items():
-        figures[_free_name(f"needle_{method}_{budget}", figures)] = heatmap(grid, f"{method}, budget {budget}")
-    plots = Path(folder) / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    paths = [plots / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=DOTS_PER_INCH)
-    return paths
+        figures[free_name(f"needle_{method}_{budget}", figures)] = heatmap(grid, f"{method}, budget {budget}")
+    return [path for name, figure in figures.items() for path in save_figure(figure, Path(folder) / "plots", name)]
 
 
 def score_grids(rows: Sequence[Mapping[str, Any]], score: str = "score") -> dict[Configuration, pd.DataFrame]:
@@ -61,7 +53,7 @@ def score_grids(rows: Sequence[Mapping[str, Any]], score: str = "score") -> dict
     frame = pd.DataFrame(
         {
             "method": [row["method"] for row in rows],
-            "budget": pd.Series([budget_name(row["budget"]) for row in rows], dtype=object),
+            "budget": pd.Series([budget_name(row) for row in rows], dtype=object),
             "length": [int(row["context_length"]) for row in rows],
             "depth": [float(row["depth_percent"]) for row in rows],
             "score": [float(row[score]) for row in rows],
@@ -81,7 +73,7 @@ def score_grids(rows: Sequence[Mapping[str, Any]], score: str = "score") -> dict
 def heatmap(grid: pd.DataFrame, title: str) -> Figure:
     """One grid of `score_grids` as a figure."""
     size = _panel(grid, cell=(0.7, 0.45), least=(3.5, 2.5), most=(17.5, 7.0))
-    figure = Figure(figsize=(size[0] + 2.0, size[1] + 1.5), layout="constrained")
+    figure = new_figure(size[0] + 2.0, size[1] + 1.5)
     axes = figure.add_subplot()
     figure.colorbar(_draw(axes, grid, size, font=9.0), ax=axes, label="Score")
     axes.set_title(_title(title, grid, size, font=10.0), fontsize=10.0, parse_math=False)
@@ -98,7 +90,7 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     budgets = sorted({budget for _, budget in grids} - {FULL}, key=_entries_before_shares)
     columns = max(1, len(budgets))
     size = _panel(next(iter(grids.values())), cell=(0.42, 0.24), least=(2.4, 1.4), most=(5.0, 3.0))
-    figure = Figure(figsize=((size[0] + 0.6) * columns + 1.5, (size[1] + 0.8) * len(lines) + 0.6), layout="constrained")
+    figure = new_figure((size[0] + 0.6) * columns + 1.5, (size[1] + 0.8) * len(lines) + 0.6)
     panels = figure.subplots(len(lines), columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -124,7 +116,7 @@ def _draw(axes: Axes, grid: pd.DataFrame, size: Inches, font: float) -> QuadMesh
     values = grid.to_numpy()
     axes.patch.set(facecolor="white", edgecolor="lightgrey", hatch="////")  # seen through cells that are missing
     masked = np.ma.masked_invalid(values)
-    mesh = axes.pcolormesh(masked, cmap=COLOURS, vmin=0, vmax=1, edgecolors="grey", linewidth=0.5)
+    mesh = axes.pcolormesh(masked, cmap=COLOUR_MAP, vmin=0, vmax=1, edgecolors="grey", linewidth=0.5)
     axes.invert_yaxis()
     line = font / 72  # inches
     width, height = size[0] / values.shape[1], size[1] / values.shape[0]
@@ -134,8 +126,8 @@ def _draw(axes: Axes, grid: pd.DataFrame, size: Inches, font: float) -> QuadMesh
     axes.set_yticks(down + 0.5, [f"{grid.index[i]:g}" for i in down], fontsize=font)
     if width > 4 * line and height > 1.5 * line:
         for row, column in np.argwhere(~np.isnan(values)):
-            text = f"{values[row, column]:.2f}"
-            note = axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=font)
+            text, colour = f"{values[row, column]:.2f}", ink(mesh.to_rgba(values[row, column])[:3])
+            note = axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=font, color=colour)
             note.set_in_layout(False)  # it lies inside its cell; measuring hundreds of them is slow
     return mesh
 
@@ -156,16 +148,4 @@ def _title(label: str, grid: pd.DataFrame, size: Inches, font: float) -> str:
     """The label, broken to the width of the axes, and below it the mean over the cells that have rows."""
     there = int(grid.notna().to_numpy().sum())
     missing = f" ({there} of {grid.size} cells)" if there < grid.size else ""
-    name = fill(label.replace(",", ", ").replace("  ", " "), width=int(size[0] * 72 / font * 1.5))
-    return f"{name}\nmean {np.nanmean(grid.to_numpy()):.2f}{missing}"
-
-
-def _free_name(label: str, taken: Iterable[str]) -> str:
-    """A label as a file name that no other label has, whatever characters they are told apart by."""
-    name = stem = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:100]
-    used = {each.lower() for each in taken}
-    number = 1
-    while name.lower() in used:
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+    return f"{wrapped(label, int(size[0] * 72 / font * 1.5))}\nmean {np.nanmean(grid.to_numpy()):.2f}{missing}"
