@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench
+from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench, score
 from kvfactory.chat import check_window, max_prompt_tokens
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
@@ -86,7 +86,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
-    register("longbench", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=("datasets",)))
+    runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=("datasets",), score=score)
+    register("longbench", runner)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.multiturn import HISTORIES, MultiTurn, conversations_of, read_conversations
+from kvfactory.benchmarks.multiturn import HISTORIES, MultiTurn, conversations_of, read_conversations, score
 from kvfactory.benchmarks.reading import read_passages
 from kvfactory.chat import check_window
 from kvfactory.flag_types import PositiveInt
@@ -80,7 +80,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
     grows = ("turns", "max_num_examples")
-    register("multiturn", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows))
+    runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows, score=score)
+    register("multiturn", runner)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
 from kvfactory.benchmarks.haystack import load_haystack
-from kvfactory.benchmarks.needle import GRIDS, SPACINGS, STYLES, Needle, choose_grid
+from kvfactory.benchmarks.needle import GRIDS, SPACINGS, STYLES, Needle, choose_grid, score
 from kvfactory.chat import chat_ids, context_window
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
@@ -105,7 +105,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
     grid = ("grid", "context_lengths", "depths", "depth_spacing", "samples")
-    register("needle", Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grid))
+    runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grid, score=score)
+    register("needle", runner)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

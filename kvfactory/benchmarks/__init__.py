@@ -40,7 +40,7 @@ class Benchmark(ABC):
     """
 
     name: str
-    """What rows and tables call it."""
+    """What rows and tables call it: what it is registered as, and behind a comma what tells its variants apart."""
     golden_turns: bool = False
     """Whether a turn that comes `after` another sees the first of its `answers` in place of what was generated."""
     one_pass: bool = False

@@ -158,7 +158,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _unique_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
+def unique_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The `_id` of each row of a dataset, or their numbers from 1 on where one has none or two have the same."""
     ids = [str(row.get("_id") or "") for row in rows]
     if "" in ids or len(set(ids)) < len(ids):
         return [str(number) for number in range(1, len(rows) + 1)]
@@ -182,6 +183,23 @@ def truncate_middle(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length:
             return prompt
         ends = ids, ids
     return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ends[0][:half], ends[1][-half:]))
+
+
+def group_of(dataset: str, length: int | None) -> str:
+    """The group of a row: its dataset, and for a `length` LongBench-E's bin of that."""
+    return dataset if length is None else f"{dataset} {metrics.length_bin(length)}"
+
+
+def score(example: Example, prediction: str) -> dict[str, float]:
+    """The official `score`, and beside that by ROUGE the `rougeL` of another package."""
+    dataset = example.info["dataset"]
+    config = dataset_config(dataset)
+    scores = {"score": metrics.score(dataset, prediction, example.answers, example.info["all_classes"])}
+    if config.metric.startswith("rouge"):
+        tokenizer = metrics.ChineseWords() if config.language == "zh" else None
+        line = metrics.scored_part(dataset, prediction)
+        scores["rougeL"] = max((metrics.rouge_l(line, each, tokenizer) for each in example.answers), default=0.0)
+    return scores
 
 
 class LongBench(Benchmark):
@@ -223,7 +241,7 @@ class LongBench(Benchmark):
         self._sharing: dict[str, list[Example]] = {}
         for dataset in dict.fromkeys(datasets):
             rows = load_rows(dataset, data_dir)
-            numbered = list(zip(_unique_ids(rows), rows, strict=True))
+            numbered = list(zip(unique_ids(rows), rows, strict=True))
             count = min(max_num_examples or len(rows), len(rows))
             if sample_method == "random":
                 chosen = sorted(random.Random(seed).sample(range(len(rows)), count))
@@ -239,11 +257,10 @@ class LongBench(Benchmark):
 
     def _example(self, example_id: str, dataset: str, row: dict[str, Any]) -> Example:
         config = dataset_config(dataset)
-        group = f"{dataset} {metrics.length_bin(row['length'])}" if dataset in LONGBENCH_E else dataset
         newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1:] if config.stop_at_newline else []
         return Example(
             id=example_id,
-            group=group,
+            group=group_of(dataset, row["length"] if dataset in LONGBENCH_E else None),
             context=f"{dataset}/{_digest(row['context'])}" if self.query_agnostic else None,
             answers=row["answers"],
             max_new_tokens=config.max_new_tokens,
@@ -288,11 +305,4 @@ class LongBench(Benchmark):
         return truncate_middle(text, self.tokenizer, max(self.max_prompt_tokens // 2, 2))
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        dataset = example.info["dataset"]
-        config = dataset_config(dataset)
-        scores = {"score": metrics.score(dataset, prediction, example.answers, example.info["all_classes"])}
-        if config.metric.startswith("rouge"):
-            tokenizer = metrics.ChineseWords() if config.language == "zh" else None
-            line = metrics.scored_part(dataset, prediction)
-            scores["rougeL"] = max((metrics.rouge_l(line, each, tokenizer) for each in example.answers), default=0.0)
-        return scores
+        return score(example, prediction)

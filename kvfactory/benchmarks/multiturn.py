@@ -83,10 +83,24 @@ def _turn(turn: Any, where: str) -> Turn:
     return Turn(str(question), list(answers or []), prefix)
 
 
-class MultiTurn(Benchmark):
-    """The turns of some conversations; `score` is whether an answer contains one of the right ones, word by word.
+def score(example: Example, prediction: str) -> dict[str, float]:
+    """`score` is whether the answer contains one of the right ones, word by word; `f1` is LongBench's.
 
-    Texts are compared in lower case without punctuation and articles; `f1` is LongBench's. `history` is one of HISTORIES.
+    Texts are compared in lower case without punctuation and articles.
+    """
+    said = f" {normalize_answer(prediction)} "
+    wanted = [each for each in map(normalize_answer, example.answers) if each]
+    found = any(f" {answer} " in said for answer in wanted)
+    return {
+        "score": float(found),
+        "f1": max((qa_f1_score(prediction, each) for each in example.answers), default=0.0),
+    }
+
+
+class MultiTurn(Benchmark):
+    """The turns of some conversations.
+
+    `history` is one of HISTORIES.
     With `query_agnostic` the first question too is read after compression; else it is part of the prompt. `template`
     says whether texts are put inside the model's chat template.
     """
@@ -162,10 +176,4 @@ class MultiTurn(Benchmark):
         return totals
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        said = f" {normalize_answer(prediction)} "
-        wanted = [each for each in map(normalize_answer, example.answers) if each]
-        found = any(f" {answer} " in said for answer in wanted)
-        return {
-            "score": float(found),
-            "f1": max((qa_f1_score(prediction, each) for each in example.answers), default=0.0),
-        }
+        return score(example, prediction)

@@ -119,6 +119,14 @@ def _spaced(name: str, spacing: str) -> Sequence[float]:
     return depths[spacing]
 
 
+def score(example: Example, prediction: str) -> dict[str, float]:
+    """The scores of the example's style."""
+    style = example.info["style"]
+    if style not in STYLES:
+        raise unknown("needle style", style, STYLES)
+    return STYLES[style].score(example.answers, prediction)
+
+
 class Needle(Benchmark):
     """Every length with every depth, `samples` times; a style's examples and scores.
 
@@ -173,7 +181,7 @@ class Needle(Benchmark):
         return self._style.prompt_ids(Cell(info["context_length"], info["depth_percent"], info["sample"]))
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        return self._style.score(example.answers, prediction)
+        return score(example, prediction)
 
     def _example(self, cell: Cell) -> Example:
         where = {"context_length": cell.length, "depth_percent": cell.depth, "sample": cell.sample}

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from kvfactory.benchmarks.haystack import TokenizedHaystack, insert_needle
 from kvfactory.benchmarks.needle_styles import LEAST_CONTEXT, Cell, Chat, Style
 from kvfactory.chat import joined
+
+
+@cache
+def _rouge_1() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # here, because it takes half a second
+
+    return RougeScorer(["rouge1"], use_stemmer=True)
 
 
 class SanFrancisco(Style):
@@ -22,10 +30,6 @@ class SanFrancisco(Style):
 
     def __init__(self, hay: TokenizedHaystack, chat: Chat | None, seed: int) -> None:
         super().__init__(hay, chat, seed)
-        # Imported here because it takes half a second, which no other command has to wait for.
-        from rouge_score.rouge_scorer import RougeScorer
-
-        self._rouge = RougeScorer(["rouge1"], use_stemmer=True)
         self._needle_ids = self.hay.encode(self.needle)
         self.shortest = self.buffer + len(self._needle_ids) + LEAST_CONTEXT
 
@@ -41,10 +45,11 @@ class SanFrancisco(Style):
         limit = cell.length - self.buffer
         return self.hay.decode(insert_needle(around, self._needle_ids, cell.depth, self.hay.stops, limit))
 
-    def score(self, answers: Sequence[str], prediction: str) -> dict[str, float]:
-        words = set(self.expected.lower().split())
+    @classmethod
+    def score(cls, answers: Sequence[str], prediction: str) -> dict[str, float]:
+        words = set(cls.expected.lower().split())
         recall = len(words & set(prediction.lower().split())) / len(words)
-        return {"score": recall, "rouge1": self._rouge.score(self.needle, prediction)["rouge1"].fmeasure}
+        return {"score": recall, "rouge1": _rouge_1().score(cls.needle, prediction)["rouge1"].fmeasure}
 
 
 class Sandwich(SanFrancisco):

@@ -76,8 +76,9 @@ class Style(ABC):
     def prompt_ids(self, cell: Cell) -> list[int]:
         """Token ids of the cell's prompt."""
 
+    @classmethod
     @abstractmethod
-    def score(self, answers: Sequence[str], prediction: str) -> dict[str, float]:
+    def score(cls, answers: Sequence[str], prediction: str) -> dict[str, float]:
         """Named scores in [0, 1] of a prediction, given the `answers` of its cell."""
 
     def rng(self, place: str) -> random.Random:
@@ -176,7 +177,8 @@ class Number(Style):
             f"--haystack: no stretch of it makes a prompt of {cell.length} tokens; its text is lost in tokens"
         )
 
-    def score(self, answers: Sequence[str], prediction: str) -> dict[str, float]:
+    @classmethod
+    def score(cls, answers: Sequence[str], prediction: str) -> dict[str, float]:
         return {"score": sum(value in prediction for value in answers) / len(answers)}
 
     def _secrets(self, cell: Cell) -> list[Secret]:

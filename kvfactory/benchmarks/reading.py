@@ -150,10 +150,8 @@ def kind_of(name: str, where: str) -> str:
     return kind
 
 
-class Reading(Benchmark):
-    """Every question of some passages at every placement; a group is a kind at a placement.
-
-    `score` is whether the answer is right, by the kind of question:
+def score(example: Example, prediction: str) -> dict[str, float]:
+    """`score` is whether the answer is right, by the kind of question.
 
     true or false       the first of true, correct, false, untrue, incorrect, not true and not correct in the answer
                         decides, or a yes or no that it begins with
@@ -161,9 +159,27 @@ class Reading(Benchmark):
     multiple choice     the option that is named first decides, and so it does for
     matching
 
-    Texts are compared in lower case, word by word, without punctuation and articles. The words that an answer is made
-    to begin with are read after compression, so that no method knows the question by them. `template` says whether texts
-    are put inside the model's chat template.
+    Texts are compared in lower case, word by word, without punctuation and articles.
+    """
+    said, [answer] = normalize_answer(prediction), example.answers
+    match example.info["kind"]:
+        case "true or false":
+            places = {each: found.start() for each, words in TRUTH.items() if (found := words.search(said))}
+        case "fill the blank":
+            right = _find(normalize_answer(answer), said) is not None
+            return {"score": float(right), "f1": qa_f1_score(prediction, answer)}
+        case _:
+            at = {each: _find(normalize_answer(each), said) for each in example.info["options"]}
+            places = {each: place for each, place in at.items() if place is not None}
+    first = min(places, key=lambda each: (places[each], -len(each)), default=None)
+    return {"score": float(first == answer)}
+
+
+class Reading(Benchmark):
+    """Every question of some passages at every placement; a group is a kind at a placement.
+
+    The words that an answer is made to begin with are read after compression, so that no method knows the question by
+    them. `template` says whether texts are put inside the model's chat template.
     """
 
     name = "reading"
@@ -208,6 +224,7 @@ class Reading(Benchmark):
                     "placement": placement,
                     "passage": passage.title,
                     "question": question.question,
+                    "options": list(question.options),
                     "prefix": question.prefix,
                     "depth_percent": passage.depth(question),
                 },
@@ -226,16 +243,4 @@ class Reading(Benchmark):
         return list(self.tokenizer.encode(begun, add_special_tokens=False))
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        question = self._asked[example.id][1]
-        said = normalize_answer(prediction)
-        match question.kind:
-            case "true or false":
-                places = {each: found.start() for each, words in TRUTH.items() if (found := words.search(said))}
-            case "fill the blank":
-                right = _find(normalize_answer(question.answer), said) is not None
-                return {"score": float(right), "f1": qa_f1_score(prediction, question.answer)}
-            case _:
-                at = {each: _find(normalize_answer(each), said) for each in question.options}
-                places = {each: place for each, place in at.items() if place is not None}
-        first = min(places, key=lambda each: (places[each], -len(each)), default=None)
-        return {"score": float(first == question.answer)}
+        return score(example, prediction)

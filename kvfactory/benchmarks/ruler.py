@@ -86,6 +86,14 @@ TASKS: dict[str, Callable[[Sources], Task]] = {
 }
 
 
+def score(example: Example, prediction: str) -> dict[str, float]:
+    """The share of the answers that the prediction mentions; in the qa tasks whether it mentions any."""
+    # One by one, since the official score of several is rounded.
+    task = example.info["task"]
+    found = [ruler_score(task, [prediction], [[answer]]) / 100 for answer in example.answers]
+    return {"score": max(found) if task.startswith("qa") else fmean(found)}
+
+
 class Ruler(Benchmark):
     """Samples of tasks at lengths; a group is a task at a length. Where they come from is a subclass's.
 
@@ -105,11 +113,7 @@ class Ruler(Benchmark):
         return list(self._tokenizer.encode(text + prefix, verbose=False))
 
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        """The share of the answers that the prediction mentions; in the qa tasks whether it mentions any."""
-        # One by one, since the official score of several is rounded.
-        task = example.info["task"]
-        found = [ruler_score(task, [prediction], [[answer]]) / 100 for answer in example.answers]
-        return {"score": max(found) if task.startswith("qa") else fmean(found)}
+        return score(example, prediction)
 
     @staticmethod
     def example(task: str, length: int, number: int, answers: list[str], **info: str) -> Example:

@@ -229,7 +229,7 @@ def ink(colour: Any) -> str:
 
 def free_name(label: str, taken: Iterable[str]) -> str:
     """A label as a file name that no other label has, whatever characters they are told apart by."""
-    name = stem = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:100]
+    name = stem = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:100].rstrip("_") or "figure"
     used = {each.lower() for each in taken}
     number = 1
     while name.lower() in used:
