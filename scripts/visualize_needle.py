@@ -17,7 +17,7 @@ from kvfactory.report.heatmaps import save_heatmaps
 from kvfactory.results import load_rows
 
 
-@click.command(help="Draw one heatmap per method and budget of RUN_FOLDER, and one figure of all.")
+@click.command(help="Draw one heatmap per method and budget of RUN_FOLDER, and one figure of all, as PNG and SVG.")
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to put plots/ in.  [default: RUN_FOLDER]")
 @click.option("--score", default="score", show_default=True, help="The field of the rows to draw, 0..1.")

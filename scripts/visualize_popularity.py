@@ -12,7 +12,6 @@ show is in `popularity.json` as well.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,10 @@ from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.jobs import make_jobs
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
+from kvfactory.report.figures import COLOUR_MAP, PALETTE, free_name, new_figure, plain, save_figure, styles
 
 PASSAGES = Path(__file__).parent / "passages.json"
-TIER_COLOURS = dict(zip(reversed(TIERS), ["#0072B2", "#56B4E9", "#E69F00", "#D55E00"], strict=True))
-"""Of the palette of Okabe and Ito, which most eyes can tell apart."""
+TIER_COLOURS = dict(zip(reversed(TIERS), (PALETTE[each] for each in (0, 5, 4, 1)), strict=True))
 GONE = "#DDDDDD"
 
 
@@ -111,7 +110,7 @@ def look(sequence: DecodedSequence, tokens: int) -> tuple[np.ndarray, np.ndarray
 
 def picture(found: Popularity) -> Figure:
     """Tokens by windows, how many may read each, and the tiers below."""
-    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure = new_figure(11, 9)
     panels = figure.subplots(2, 2, height_ratios=[3, 1.2])
     marks = [window["new_tokens"] for window in found.tiers]
     step = marks[1] - marks[0]
@@ -121,7 +120,7 @@ def picture(found: Popularity) -> Figure:
         (panels[0, 1], found.held, "Share of all heads that may read it", 1.0),
     ):
         image = axes.imshow(
-            values, aspect="auto", cmap="viridis", extent=extent, vmin=0, vmax=top, interpolation="nearest"
+            values, aspect="auto", cmap=COLOUR_MAP, extent=extent, vmin=0, vmax=top, interpolation="nearest"
         )
         axes.axhline(found.prompt_tokens, color="white", linewidth=1, linestyle="--")
         axes.set(xlabel="Tokens generated", ylabel="Position (dashed: end of the prompt)", xticks=marks)
@@ -141,16 +140,17 @@ def picture(found: Popularity) -> Figure:
         xlabel="Tokens generated", ylabel="Entries a head", title="Tiers", xticks=marks, xlim=(marks[0], marks[-1])
     )
     draw_sizes(panels[1, 1], [found])
-    figure.suptitle(found.name, parse_math=False)
+    figure.suptitle(found.name)
     return figure
 
 
 def draw_sizes(axes: Any, found: Sequence[Popularity]) -> None:
     """Entries that a head may read, by tokens generated, beside a full cache."""
+    looks = styles(each.name for each in found)
     for each in found:
         marks = [window["new_tokens"] for window in each.tiers]
         label = each.name if len(found) > 1 else "read"
-        axes.plot(marks, [window["readable"] for window in each.tiers], marker="o", label=label)
+        axes.plot(marks, [window["readable"] for window in each.tiers], label=label, **looks[each.name].line())
     longest = max(found, key=lambda each: each.prompt_tokens)
     marks = [window["new_tokens"] for window in longest.tiers]
     full = [longest.prompt_tokens + mark for mark in marks]
@@ -160,13 +160,6 @@ def draw_sizes(axes: Any, found: Sequence[Popularity]) -> None:
     axes.set(xlabel="Tokens generated", ylabel="Entries a head may read", title="Effective cache size", xticks=marks)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
 
 
 @click.command(help=__doc__)
@@ -186,15 +179,14 @@ def visualize(
     assert isinstance(chosen, Hierarchical)
     engine = Engine(*load_model(model_path, dtype=dtype))
     found = [watch(engine, chosen, *each, new_tokens) for each in track(texts, description="generating")]
-    output.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Figure] = {}
     for each in found:
-        name = re.sub(r"[^A-Za-z0-9]+", "_", each.name).strip("_").lower()
-        for path in save(picture(each), output / f"popularity_{name}"):
-            click.echo(path)
-    together = Figure(figsize=(8, 5), layout="constrained")
+        figures[free_name(f"popularity_{each.name.lower()}", figures)] = picture(each)
+    together = figures["cache_size"] = new_figure(8, 5)
     draw_sizes(together.add_subplot(), found)
-    for path in save(together, output / "cache_size"):
-        click.echo(path)
+    for name, figure in figures.items():
+        for path in save_figure(plain(figure), output, name):
+            click.echo(path)
     facts = [{"name": each.name, "prompt_tokens": each.prompt_tokens, "tiers": each.tiers} for each in found]
     (output / "popularity.json").write_text(json.dumps({"method": method, "prompts": facts}, indent=1) + "\n", "utf-8")
     click.echo(output / "popularity.json")
