@@ -19,8 +19,8 @@ from .decoding import BoundedStore
 from .errors import UserError, require
 from .merge import Merge
 from .parts import Part
-from .settings import row_value, settings_of
 from .ragged import HeadwiseStore, RaggedStore
+from .settings import row_value, settings_of
 from .storage import KeyPruning, Quantisation, Retrieval
 from .stores import DenseStore, Store, spread
 

@@ -176,7 +176,7 @@ def load_prompts(folder: str | Path) -> dict[str, PromptText]:
 
 def load_kept(folder: str | Path) -> dict[tuple[str, str, str], str]:
     """`KeptTokens.kept` by example id, method and budget."""
-    lines = map(lambda line: KeptTokens(**line), _lines(Path(folder) / KEPT))
+    lines = (KeptTokens(**line) for line in _lines(Path(folder) / KEPT))
     return {(each.example_id, each.method, each.budget): each.kept for each in lines}
 
 

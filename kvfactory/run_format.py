@@ -1,14 +1,15 @@
-"""The format of run folders, field by field: rows and run_meta.json. A sweep fills it in, docs/results.md is written from it.
+"""The format of run folders, field by field: a sweep fills it in, docs/results.md is written from it.
 
 A row is flat: the fields of the four parts one after the other, and between them what a benchmark or a method adds.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
-
 
 FORMAT = 2
 """The version. In 1, shares stood in `budget` itself, and prompts were not recorded."""
@@ -126,3 +127,9 @@ def budget_name(row: Mapping[str, Any]) -> int | str:
     """The budget as tables and figures show it."""
     budget: int | str | None = row.get("budget_share") or row["budget"]
     return FULL if budget is None else budget
+
+
+def budget_number(budget: int | str) -> tuple[bool, float]:
+    """Whether a budget of tables is a share, and its number; one without a number comes behind all others."""
+    found = re.fullmatch(r"([\d.]+)(%?)", str(budget))
+    return (bool(found[2]), float(found[1])) if found else (True, math.inf)

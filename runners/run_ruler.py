@@ -103,9 +103,7 @@ def scores(rows: Sequence[Row]) -> pd.DataFrame:
     named = [{**row, "length": row["context_length"]} for row in rows]
     frame = by_fields(named, "length", "task", RULER_TASKS)
     empty = Counter(
-        (row["method"], budget_name(row), row["length"])
-        for row in named
-        if not postprocess_pred(row["prediction"])
+        (row["method"], budget_name(row), row["length"]) for row in named if not postprocess_pred(row["prediction"])
     )
     lines = zip(frame["method"], frame["budget"], frame["length"], strict=True)
     return frame.assign(nulls=[empty[line] for line in lines])

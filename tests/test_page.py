@@ -17,10 +17,11 @@ from rows import make_row
 from kvfactory.errors import UserError
 from kvfactory.report.examples import examples_of, packed, unpacked
 from kvfactory.report.page import render
-from kvfactory.report.page_tables import PageTable, budget_rank, by_group, every_number, leaderboard
+from kvfactory.report.page_tables import PageTable, by_group, every_number, leaderboard
 from kvfactory.report.sections import labelled, sections_of
 from kvfactory.report.tables import overall, summarise, wide
 from kvfactory.results import Run
+from kvfactory.run_format import budget_number
 
 
 def answered(example: str, method: str, budget: int | None, score: float, **fields: object) -> dict:
@@ -207,7 +208,7 @@ def test_perplexities_and_latencies_have_tables_of_their_own_and_no_place_on_the
 
 def test_budgets_sort_as_numbers_shares_behind_entries_and_everything_last():
     budgets = ["full", "5%", 1024, "12.5%", 64, 128]
-    assert sorted(budgets, key=budget_rank) == [64, 128, 1024, "5%", "12.5%", "full"]
+    assert sorted(budgets, key=budget_number) == [64, 128, 1024, "5%", "12.5%", "full"]
 
 
 # -- runs that share a benchmark -------------------------------------------------------------------------------------

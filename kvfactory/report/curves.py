@@ -27,7 +27,7 @@ from kvfactory.errors import require
 from kvfactory.report.figures import BLACK, Style, ink, label_points, legend_below, new_figure, plain, styles
 from kvfactory.report.intervals import baseline
 from kvfactory.report.tables import overall, summarise
-from kvfactory.run_format import FULL, budget_name
+from kvfactory.run_format import FULL, budget_name, budget_number
 
 WHOLE = Style(BLACK, "*", "--")
 """Of the configuration that others are compared with."""
@@ -76,8 +76,9 @@ def budget_curves(rows: Sequence[Mapping[str, Any]], benchmark: str) -> Figure:
     measured = _measured(rows, benchmark)
     across = measured.lines[measured.lines["budget"] == FULL]
     asked = measured.lines.drop(across.index)
-    asked = asked.assign(x=[float(str(budget).rstrip("%")) for budget in asked["budget"]])
-    shares = np.array([str(budget).endswith("%") for budget in asked["budget"]], bool)
+    asked = asked.assign(x=[budget_number(budget)[1] for budget in asked["budget"]])
+    asked = asked[np.isfinite(asked["x"])]  # one that nobody told has no place on an axis
+    shares = np.array([budget_number(budget)[0] for budget in asked["budget"]], bool)
     panels = {"Budget (entries per head and layer)": asked[~shares], "Budget (% of the prompt)": asked[shares]}
     panels = {label: part for label, part in panels.items() if len(part)}
     require(bool(panels), f"{benchmark}: no configuration has a budget, so there is nothing to draw against it")

@@ -17,7 +17,8 @@ from typing import Any
 
 from kvfactory.recording import PromptText, load_kept, load_prompts
 from kvfactory.report.sections import Section
-from kvfactory.report.tables import budget_name, score_names
+from kvfactory.report.tables import score_names
+from kvfactory.run_format import budget_name
 
 Answered = Mapping[str, Any]
 """A row with a prediction."""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from kvfactory.errors import UserError, unknown
 from kvfactory.report.figures import COLOUR_MAP, free_name, ink, new_figure, save_figure, wrapped
 from kvfactory.report.tables import score_names
-from kvfactory.run_format import FULL, budget_name
+from kvfactory.run_format import FULL, budget_name, budget_number
 
 Configuration = tuple[str, int | str]  # method, budget
 Inches = tuple[float, float]  # width, height
@@ -87,7 +87,7 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     A method without a budget stands in the first column.
     """
     lines = list(dict.fromkeys((method, budget == FULL) for method, budget in grids))
-    budgets = sorted({budget for _, budget in grids} - {FULL}, key=_entries_before_shares)
+    budgets = sorted({budget for _, budget in grids} - {FULL}, key=budget_number)
     columns = max(1, len(budgets))
     size = _panel(next(iter(grids.values())), cell=(0.42, 0.24), least=(2.4, 1.4), most=(5.0, 3.0))
     figure = new_figure((size[0] + 0.6) * columns + 1.5, (size[1] + 0.8) * len(lines) + 0.6)
@@ -105,10 +105,6 @@ def overview(grids: Mapping[Configuration, pd.DataFrame]) -> Figure:
     figure.supxlabel("Token Limit")
     figure.supylabel("Depth Percent")
     return figure
-
-
-def _entries_before_shares(budget: int | str) -> tuple[bool, float]:
-    return isinstance(budget, str), float(str(budget).rstrip("%"))
 
 
 def _draw(axes: Axes, grid: pd.DataFrame, size: Inches, font: float) -> QuadMesh:

@@ -4,10 +4,10 @@
     paired_difference(first, second)       # of two lists of values of the same examples
     draws(rows, statistic, reference, group)   # of all configurations of a group, for `summarise`
 
-Examples are drawn with replacement (Efron, 1979), as often as there are, and the interval holds the middle 95 % of the means so found
-(the percentile method, as in `scipy.stats.bootstrap`). All configurations of a group see the same draws, so that a
-difference is one on the same examples, and the average over groups draws within each group. The draws depend on the group's
-name and size alone: the same rows give the same interval, in any order.
+Examples are drawn with replacement (Efron, 1979), as often as there are, and the interval holds the middle 95 % of the means
+so found (the percentile method, as in `scipy.stats.bootstrap`). All configurations of a group see the same draws, so that
+a difference is one on the same examples, and the average over groups draws within each group. The draws depend on the
+group's name and size alone: the same rows give the same interval, in any order.
 
 An interval of no width says that all examples scored alike, not that the next one will.
 """
@@ -48,8 +48,8 @@ class Interval:
 def resampled_means(values: Floats, weights: Floats, stratum: str = "") -> Floats:
     """Weighted means of each column in every resample of the lines, [RESAMPLES, columns]; NaN if there is one line alone.
 
-    `values` and `weights` are [examples, columns], of examples that are all there. The draws go by `stratum` and by how many lines
-    there are.
+    `values` and `weights` are [examples, columns], of examples that are all there. The draws go by `stratum` and by how
+    many lines there are.
     """
     examples = len(values)
     if examples < 2:

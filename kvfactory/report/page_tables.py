@@ -8,7 +8,6 @@ Columns that have nothing to say in any line are left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -18,7 +17,11 @@ import pandas as pd
 
 from kvfactory.report.intervals import distinguishable
 from kvfactory.report.sections import Section
-from kvfactory.report.tables import FULL, MEASURES, beyond_ability, score_names, wide
+from kvfactory.report.tables import MEASURES, beyond_ability, score_names, wide
+from kvfactory.run_format import FULL, budget_number
+
+SHARES_BEHIND = 1e9
+"""What makes shares sort behind any number of entries."""
 
 Record = Mapping[Any, Any]
 """A line of a frame; `baseline` is the method and budget that its differences are to, `averaged` says of what it is."""
@@ -142,12 +145,6 @@ def by_group(section: Section) -> PageTable:
     return _table(f"{section.name}: scores by group", columns, _records(section, frame))
 
 
-def budget_rank(budget: int | str) -> float:
-    """What budgets sort by: entries, then shares of the prompt, then what is no number."""
-    number = re.fullmatch(r"([\d.]+)(%?)", str(budget))
-    return float(number[1]) + (1e9 if number[2] else 0) if number else 1e10
-
-
 def _table(title: str, columns: Sequence[Column], records: Iterable[Record]) -> PageTable:
     lines = [(_about(record), [column.cell(record) for column in columns]) for record in records]
     told = [i for i in range(len(columns)) if any(cells[i].text or cells[i].marks for _, cells in lines)]
@@ -245,7 +242,8 @@ def _benchmark(line: Record) -> Cell:
 
 
 def _budget(line: Record) -> Cell:
-    return Cell(str(line["budget"]), budget_rank(line["budget"]))
+    is_share, number = budget_number(line["budget"])
+    return Cell(str(line["budget"]), number + SHARES_BEHIND * is_share)
 
 
 def _bytes(line: Record) -> Cell:

@@ -12,15 +12,14 @@ keeps everything (`intervals`), in columns called `score_low`, `score_difference
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kvfactory.report.intervals import BOUNDS, KEYS, average_bounds, average_name, bounds_of
-from kvfactory.run_format import FULL as FULL
-from kvfactory.run_format import budget_name as budget_name
+from kvfactory.run_format import FULL, budget_name
 
 SECONDS = ["prefill_seconds", "compress_seconds", "decode_seconds"]
 COSTS = ["kept_tokens_mean", "read_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]
@@ -77,6 +76,8 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         count = part["group"].nunique()
         lines = part.groupby(["benchmark", "method", "budget"], sort=False)
         means = lines.mean(numeric_only=True).where(lines.size() == count)
+        for name in scores_of(frame):  # datasets that are scored in another way too
+            means[name] = means[name].where(lines[name].count() == count)
         means["examples"] = lines["examples"].sum()
         means["memory"] = lines["memory"].agg(_memory)
         parts.append(means.reset_index().assign(group=average_name(count)))

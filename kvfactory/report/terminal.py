@@ -48,7 +48,7 @@ def plain_table(title: str, frame: pd.DataFrame) -> Table:
 def print_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Show rows: a table for each group unless there are many, and their average.
 
-    A console that is too narrow gets no seconds.
+    Columns that no line has anything to say in are left out, and seconds where the console is too narrow for them.
     """
     frame, averages, references = summarise(rows), overall(rows), baseline(rows)
     if frame.empty:
@@ -94,11 +94,10 @@ def _table(
             *(["95 %\ninterval"] if name in bounded else []),
             *(["diff."] if name == compared else []),
         ]
-    for name in [*headings, *tokens.values(), "evicted", "cache\nMiB", "of\nfull", *seconds.values()]:
-        justify: JustifyMethod = "left" if name == "method" else "right"
-        table.add_column(name if "\n" in name else f"\n{name}", justify=justify, overflow="fold")
+    headings += [*tokens.values(), "evicted", "cache\nMiB", "of\nfull", *seconds.values()]
+    lines = []
     for line in frame.to_dict("records"):
-        cells: list[str] = []
+        cells = [line["method"], str(line["budget"]), str(line["examples"])]
         for name, (_, form, unit) in figures.items():
             cells += [_number(line[name] / unit, form)]
             cells += [_interval(line, name)] if name in bounded else []
@@ -110,8 +109,13 @@ def _table(
             _ratio(line),
             *(_number(line[name], "{:.2f}") for name in seconds),
         ]
-        cells = ["oom" if cell == "-" and line.get("oom") else cell for cell in cells]
-        table.add_row(Text(line["method"]), str(line["budget"]), str(line["examples"]), *cells)
+        lines.append(["oom" if cell == "-" and line.get("oom") else cell for cell in cells])
+    told = [place for place in range(len(headings)) if place < 3 or any(cells[place] != "-" for cells in lines)]
+    for heading in (headings[place] for place in told):
+        justify: JustifyMethod = "left" if heading == "method" else "right"
+        table.add_column(heading if "\n" in heading else f"\n{heading}", justify=justify, overflow="fold")
+    for cells in lines:
+        table.add_row(*(Text(cells[place]) for place in told))
     return table
 
 
