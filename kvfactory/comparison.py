@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvfactory.report.intervals import Draws, Statistic, average_name, draws, ends, statistics
+from kvfactory.folder_format import FULL, budget_name
+from kvfactory.report.intervals import Draws, Statistic, average_name, averaged, draws, ends, statistics
 from kvfactory.report.tables import MEASURES, score_names
 from kvfactory.rescoring import RESCORED, in_table_order
 from kvfactory.results import CSV, Row, Run, by_plugin, changed_values, key_of
-from kvfactory.run_format import FULL, budget_name
 
 LESS_IS_BETTER = ("nll", "perplexity", "ttft_seconds", "tpot_seconds", "peak_bytes")
 """Of the fields that rows without scores are measured by; of the others more is better."""
@@ -126,7 +126,7 @@ def _lines(pairs: Sequence[Pair], statistic: Statistic) -> Iterator[dict[str, An
             whole = [each for part in parts.values() for each in part]
             average = (
                 float(np.mean([drawn[0] for drawn in found.values()])),
-                _averaged([d for _, d in found.values()]),
+                averaged([drawn for _, drawn in found.values()]),
             )
             lines.insert(0, about | {"group": average_name(len(parts))} | _of_draws(*average) | _counts(whole, name))
         yield from lines
@@ -142,15 +142,6 @@ def _drawn(pairs: Sequence[Pair], statistic: Statistic, group: str) -> tuple[flo
         for row, side in zip(each, SIDES, strict=True)
     ]
     return float(statistic.shape(mean)), draws(sides, statistic, (FIRST, FULL), group)[SECOND, FULL]
-
-
-def _averaged(parts: Sequence[Draws]) -> Draws:
-    """Groups that count the same."""
-    return Draws(
-        np.mean([part.figures for part in parts], 0),
-        float(np.mean([part.difference for part in parts])),
-        np.mean([part.differences for part in parts], 0),
-    )
 
 
 def _of_draws(mean: float, drawn: Draws) -> dict[str, float]:

@@ -26,11 +26,11 @@ from typing import Any
 from kvfactory.benchmarks.longbench import DATASETS, LONGBENCH_E, dataset_config, group_of, unique_ids
 from kvfactory.benchmarks.ruler import Ruler
 from kvfactory.errors import UserError, require
+from kvfactory.folder_format import FULL, budget_name
 from kvfactory.metrics import RULER_TASKS
 from kvfactory.registry import Registry, get_registry
 from kvfactory.rescoring import rescored
 from kvfactory.results import META, ROWS, Row, Run, load_run
-from kvfactory.run_format import FULL, budget_name
 
 UNKNOWN = "unknown"
 """The method of predictions that do not say theirs, and the budget of a method that has one, if nothing says which."""

@@ -21,8 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .folder_format import budget_name
 from .results import Row
-from .run_format import budget_name
 
 MEASURES = {"score": 100.0, "nll": 1.0, "tpot_seconds": 1.0}
 """What is averaged as a run goes on: the first of these that its rows have, and times what."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
+from .folder_format import budget_name, told
 from .results import Row, RunFolder
-from .run_format import budget_name, told
 from .stores import Store
 
 PROMPTS = "prompts.jsonl"

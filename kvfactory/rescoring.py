@@ -25,11 +25,11 @@ from rich.text import Text
 from kvfactory.benchmarks import Example
 from kvfactory.environment import environment
 from kvfactory.errors import UserError, require
+from kvfactory.folder_format import FORMAT, budget_name
 from kvfactory.registry import Registry
 from kvfactory.report.intervals import KEYS
 from kvfactory.report.tables import percent, score_names
 from kvfactory.results import CSV, META, ROWS, Row, Run, RunFolder
-from kvfactory.run_format import FORMAT, budget_name
 from kvfactory.runner import Runner, runner_of
 
 RESCORED = "rescored_rows"

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from kvfactory.errors import UserError
+from kvfactory.folder_format import FORMAT, Meta, Session
 from kvfactory.report.tables import summarise
-from kvfactory.run_format import FORMAT, Meta, Session
 
 Row = dict[str, Any]
 Key = tuple[str, str, int | str | None]  # example_id, method, budget

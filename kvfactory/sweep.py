@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .benchmarks import Benchmark, Example
 from .engine import DecodeRow, Engine
 from .engine import Sequence as DecodedSequence
+from .folder_format import Course, Size, Subject, flat
 from .jobs import Job
 from .recording import Recorder
 from .results import Row, RunFolder, key_of
-from .run_format import Course, Size, Subject, flat
 
 
 @dataclass(frozen=True)

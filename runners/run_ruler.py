@@ -24,12 +24,12 @@ from kvfactory.benchmarks.ruler_files import ReadyMade
 from kvfactory.chat import chat_ids, context_window
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
+from kvfactory.folder_format import budget_name
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
 from kvfactory.metrics import RULER_TASKS, postprocess_pred
 from kvfactory.report.tables import by_fields
 from kvfactory.report.terminal import plain_table
 from kvfactory.results import Row
-from kvfactory.run_format import budget_name
 from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
 LENGTH = 1024

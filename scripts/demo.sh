@@ -10,3 +10,4 @@ echo "== needle in a haystack: six methods, three budgets; rows go to $folder, a
   --max_capacity_prompts 64,128,256 \
   --context_lengths 512,1024 --depths 10,30,50,70,90 --samples 4 --digits 4 \
   --save_dir "$folder"
+.venv/bin/kvfactory report "$folder" -o "$folder/report.html"

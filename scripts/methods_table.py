@@ -26,12 +26,12 @@ from kvfactory import Engine, UserError, load_model
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.cli import run_command
 from kvfactory.flag_types import CommaList
+from kvfactory.folder_format import budget_name
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.method import EvictionMethod
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import facts, markdown, settings_text
 from kvfactory.results import Row, load_rows
-from kvfactory.run_format import budget_name
 from kvfactory.settings import settings_of
 from kvfactory.sweep import full_cache_bytes
 

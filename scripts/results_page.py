@@ -14,8 +14,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import click
 
 from kvfactory.cli import run_command
+from kvfactory.folder_format import ROW, Meta, Session
 from kvfactory.recording import KeptTokens, PromptText
-from kvfactory.run_format import ROW, Meta, Session
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 TABLES = {"row": ROW, "meta": (Meta,), "session": (Session,), "prompt": (PromptText,), "kept": (KeptTokens,)}

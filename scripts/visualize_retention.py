@@ -33,6 +33,7 @@ from rich.cells import cell_len, chop_cells
 from kvfactory import Engine
 from kvfactory.cli import registry_for, run_command
 from kvfactory.flag_types import BudgetType, CommaList
+from kvfactory.folder_format import FULL
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.recording import kept_by_layer, token_texts
 from kvfactory.registry import Registry
@@ -49,7 +50,6 @@ from kvfactory.report.figures import (
     wrapped,
 )
 from kvfactory.report.prompts import load_engine, passage, prompt_ids, prompt_options, read_prompt
-from kvfactory.run_format import FULL
 from kvfactory.sweep import full_cache_bytes
 
 METHODS = "streamingllm,h2o,snapkv,pyramidkv,adakv,expected_attention"

@@ -126,6 +126,16 @@ def test_shares_of_the_prompt_have_a_panel_of_their_own() -> None:
     assert alone.get_xlabel() == "Budget (% of the prompt)"
 
 
+def test_a_budget_that_nobody_told_has_no_place_on_an_axis() -> None:
+    """Predictions of other tools may lack it."""
+    unknown = [row | {"budget": None, "budget_share": "unknown"} for row in several("qa", "h2o", 64, [1.0, 0.0])]
+    known = several("qa", "snapkv", 64, [1.0, 1.0])
+    (axes,) = budget_curves([*unknown, *known], "longbench").axes
+    assert lines_of(axes) == {"snapkv": [(64, 100)]}
+    with pytest.raises(UserError, match="no configuration has a budget"):
+        budget_curves(unknown, "longbench")
+
+
 def test_groups_are_averaged_and_what_lacks_one_is_left_out() -> None:
     rows = ROWS + [
         row

@@ -16,6 +16,7 @@ import click
 import pytest
 import torch
 from entry_points import exit_code
+from kvfactory_runners.commands import command as kvfactory_command
 from transformers import AutoModelForCausalLM, GemmaConfig
 
 from kvfactory import (
@@ -421,7 +422,9 @@ def runners() -> dict[str, Any]:
 def test_every_flag_in_the_docs_exists(documented: Registry) -> None:
     helps = [benchmark_command(name, documented) for name in documented.benchmarks]
     assert len(helps) >= len(runners())
-    commands = [*helps, *documented.commands.values()]
+    own = kvfactory_command([])
+    assert isinstance(own, click.Group)
+    commands = [*helps, *documented.commands.values(), *own.commands.values()]
     text = " ".join(command.get_help(click.Context(command)) for command in commands)
     text += " ".join(
         script.read_text("utf-8") for folder in ("scripts", "benchmarks") for script in (ROOT / folder).glob("*.py")

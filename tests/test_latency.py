@@ -21,13 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvfactory import Engine, UserError, load_method, models
 from kvfactory.benchmarks.latency import Latency, LatencySweep, largest_batch, measure, plain_ids
+from kvfactory.folder_format import budget_name
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.registry import get_registry
 from kvfactory.report.card import card, print_card, with_scores
 from kvfactory.report.tables import summarise
 from kvfactory.report.terminal import print_table
 from kvfactory.results import Row, RunFolder, load_rows
-from kvfactory.run_format import budget_name
 from kvfactory.sweep import full_cache_bytes
 from kvfactory.testing import TINY, TINY_CONFIGS, tiny_model
 

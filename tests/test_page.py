@@ -15,13 +15,13 @@ from kvfactory_runners.report import report_command
 from rows import make_row
 
 from kvfactory.errors import UserError
+from kvfactory.folder_format import budget_number
 from kvfactory.report.examples import examples_of, packed, unpacked
 from kvfactory.report.page import render
 from kvfactory.report.page_tables import PageTable, by_group, every_number, leaderboard
 from kvfactory.report.sections import labelled, sections_of
 from kvfactory.report.tables import overall, summarise, wide
 from kvfactory.results import Run
-from kvfactory.run_format import budget_number
 
 
 def answered(example: str, method: str, budget: int | None, score: float, **fields: object) -> dict:

@@ -23,12 +23,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from kvfactory import Engine, UserError, models
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.benchmarks.needle import Needle
+from kvfactory.folder_format import budget_name
 from kvfactory.jobs import make_jobs
 from kvfactory.progress import RunningScores, RunProgress, shown
 from kvfactory.recording import load_kept
 from kvfactory.registry import get_registry
 from kvfactory.results import Key, RunFolder, key_of, load_rows
-from kvfactory.run_format import budget_name
 from kvfactory.sweep import Sweep
 from kvfactory.testing import TINY, TINY_CONFIGS
 

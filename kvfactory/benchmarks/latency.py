@@ -34,11 +34,11 @@ from kvfactory.clock import now
 from kvfactory.engine import Engine
 from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.errors import require
+from kvfactory.folder_format import Size, flat
 from kvfactory.jobs import Job
 from kvfactory.method import Method
 from kvfactory.report.card import with_scores
 from kvfactory.results import Row
-from kvfactory.run_format import Size, flat
 from kvfactory.sweep import Sweep, full_cache_bytes, size_of
 
 try:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvfactory.run_format import FULL, budget_name
+from kvfactory.folder_format import FULL, budget_name
 
 from .methods import markdown
 from .tables import overall, score_names, summarise

@@ -24,10 +24,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from kvfactory.errors import require
+from kvfactory.folder_format import FULL, budget_name, budget_number
 from kvfactory.report.figures import BLACK, Style, ink, label_points, legend_below, new_figure, plain, styles
 from kvfactory.report.intervals import baseline
 from kvfactory.report.tables import overall, summarise
-from kvfactory.run_format import FULL, budget_name, budget_number
 
 WHOLE = Style(BLACK, "*", "--")
 """Of the configuration that others are compared with."""

@@ -15,10 +15,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvfactory.folder_format import budget_name
 from kvfactory.recording import PromptText, load_kept, load_prompts
 from kvfactory.report.sections import Section
 from kvfactory.report.tables import score_names
-from kvfactory.run_format import budget_name
 
 Answered = Mapping[str, Any]
 """A row with a prediction."""

@@ -20,9 +20,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from kvfactory.errors import UserError, unknown
+from kvfactory.folder_format import FULL, budget_name, budget_number
 from kvfactory.report.figures import COLOUR_MAP, free_name, ink, new_figure, save_figure, wrapped
 from kvfactory.report.tables import score_names
-from kvfactory.run_format import FULL, budget_name, budget_number
 
 Configuration = tuple[str, int | str]  # method, budget
 Inches = tuple[float, float]  # width, height

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from kvfactory.run_format import FULL, budget_name
+from kvfactory.folder_format import FULL, budget_name
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -240,14 +240,16 @@ def _averages(lines: Mapping[Line, Draws]) -> Iterator[tuple[Line, Draws]]:
         names = groups[benchmark]
         parts = [lines[line] for group in names if (line := (benchmark, group, method, budget)) in lines]
         if len(parts) == len(names):
-            yield (
-                (benchmark, average_name(len(names)), method, budget),
-                Draws(
-                    np.mean([part.figures for part in parts], 0),
-                    float(np.mean([part.difference for part in parts])),
-                    np.mean([part.differences for part in parts], 0),
-                ),
-            )
+            yield (benchmark, average_name(len(names)), method, budget), averaged(parts)
+
+
+def averaged(parts: Sequence[Draws]) -> Draws:
+    """Of groups that count the same."""
+    return Draws(
+        np.mean([part.figures for part in parts], 0),
+        float(np.mean([part.difference for part in parts])),
+        np.mean([part.differences for part in parts], 0),
+    )
 
 
 def average_name(groups: int) -> str:

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from kvfactory.errors import UserError, require
+from kvfactory.folder_format import budget_name
 from kvfactory.report.curves import budget_curves, latency_curves, trade_off
 from kvfactory.report.examples import packed
 from kvfactory.report.figures import drawn
@@ -35,7 +36,6 @@ from kvfactory.report.page_tables import PageTable, by_group, every_number, lead
 from kvfactory.report.sections import Section, labelled, sections_of
 from kvfactory.report.tables import beyond_ability
 from kvfactory.results import Run
-from kvfactory.run_format import budget_name
 
 WIDE_INCHES = 8
 """A figure that is wider has a line of the page to itself."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from kvfactory.folder_format import FULL, budget_number
 from kvfactory.report.intervals import distinguishable
 from kvfactory.report.sections import Section
 from kvfactory.report.tables import MEASURES, beyond_ability, score_names, wide
-from kvfactory.run_format import FULL, budget_number
 
 SHARES_BEHIND = 1e9
 """What makes shares sort behind any number of entries."""

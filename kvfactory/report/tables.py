@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kvfactory.folder_format import FULL, budget_name
 from kvfactory.report.intervals import BOUNDS, KEYS, average_bounds, average_name, bounds_of
-from kvfactory.run_format import FULL, budget_name
 
 SECONDS = ["prefill_seconds", "compress_seconds", "decode_seconds"]
 COSTS = ["kept_tokens_mean", "read_tokens_mean", "cache_bytes", "ratio", "compressed_share", *SECONDS]

@@ -15,9 +15,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from kvfactory.folder_format import FULL
 from kvfactory.report.intervals import Configuration, average_name, baseline, distinguishable
 from kvfactory.report.tables import MEASURES, SECONDS, beyond_ability, overall, scores_of, summarise
-from kvfactory.run_format import FULL
 
 TABLE_WIDTH = 108  # columns that a table with short names fits
 FILE_WIDTH = 140  # columns that one fits whose methods have settings in their names

@@ -16,12 +16,12 @@ from test_recording import Words, example
 from test_sweep import Given
 
 from kvfactory import Engine, Share, UserError
+from kvfactory.folder_format import FORMAT, ROW, Meta, Session, budget_name
 from kvfactory.jobs import make_jobs
 from kvfactory.recording import KEPT, PROMPTS, KeptTokens, PromptText
 from kvfactory.registry import get_registry
 from kvfactory.report.tables import summarise
 from kvfactory.results import RunFolder, load_run
-from kvfactory.run_format import FORMAT, ROW, Meta, Session, budget_name
 from kvfactory.settings import row_value
 from kvfactory.sweep import Sweep
 from kvfactory.testing import tiny_model
