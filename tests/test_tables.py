@@ -198,7 +198,7 @@ def test_the_printed_table_marks_differences_that_may_be_0():
     assert cells_of(page, "whole")[3:6] == ["100.00", "100.0-100.0", "-"]
     assert cells_of(page, "same")[3:6] == ["100.00", "100.0-100.0", "+0.00~"]
     assert cells_of(page, "worse")[3:6] == ["50.00", "12.5-87.5", "-50.00"]
-    assert "diff.: to whole on the same examples; ~ may be 0" in " ".join(page.split())
+    assert "diff.: to whole on the same examples; ~ where its 95 % interval contains 0" in " ".join(page.split())
     narrow = io.StringIO()
     print_table(rows, Console(file=narrow, width=80))
     assert "prefill" in page and "prefill" not in narrow.getvalue()

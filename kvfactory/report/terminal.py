@@ -6,7 +6,7 @@ console.print(plain_table("title", frame))
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ def plain_table(title: str, frame: pd.DataFrame) -> Table:
         table.add_column(str(name), justify="left" if texts else "right", overflow="fold")
     for line in frame.to_dict("records"):
         table.add_row(
-            *(Text(_number(each, "{:.2f}") if isinstance(each, float) else str(each)) for each in line.values())
+            *(Text(_formatted(each, "{:.2f}") if isinstance(each, float) else str(each)) for each in line.values())
         )
     return table
 
@@ -55,80 +55,86 @@ def print_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         console.print("no rows yet")
     for benchmark, part in frame.groupby("benchmark", sort=False):
         groups, beyond = part["group"].nunique(), beyond_ability(part)
-        show = partial(_table, reference=references.get(str(benchmark)), narrow=console.width < TABLE_WIDTH)
+        show = partial(_print_lines, console, references.get(str(benchmark)))
         if len(part) <= MOST_LINES or groups == 1:
             for group, lines in part.groupby("group", sort=False):
                 notes = [f"beyond this model, differences are noise: {beyond[str(group)]}"] if group in beyond else []
-                console.print(show(f"{benchmark}: {group}", lines, notes), "")
+                show(f"{benchmark}: {group}", lines, notes)
         if groups > 1 and "score" in part:
             notes = [f"{len(beyond)} of them beyond this model: {'; '.join(beyond)}"] if beyond else []
             average = averages[averages["benchmark"] == benchmark]
-            console.print(show(f"{benchmark}: {average_name(groups)}", average, notes), "")
+            show(f"{benchmark}: {average_name(groups)}", average, notes)
 
 
-def _table(
-    title: str, frame: pd.DataFrame, notes: Sequence[str], *, reference: Configuration | None, narrow: bool
-) -> Table:
-    figures = {name: (name, "{:.2f}", 1) for name in scores_of(frame)}
-    figures |= {name: each for name, each in MEASURES.items() if name in frame}
-    others = frame[[line != reference for line in zip(frame["method"], frame["budget"], strict=True)]]
-    compared = next((name for name in ("score", "perplexity") if _known(others, f"{name}_difference")), None)
-    bounded = [name for name in figures if name != "nll" and _known(frame, f"{name}_low")]
-    table = Table(title=Text(title), title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
-    if compared and reference:
-        notes = [*notes, f"diff.: to {reference[0]} on the same examples; ~ may be 0, which its 95 % interval contains"]
-    if (frame["memory"] == "nominal").any():
-        notes = [*notes, "* nominal: evicted entries are only masked, the memory is not freed"]
-    table.caption = Text("\n".join(notes)) if notes else None
-    tokens = {"kept_tokens_mean": "kept\ntokens"}
-    if (frame["read_tokens_mean"] < frame["kept_tokens_mean"]).any():
-        tokens["read_tokens_mean"] = "read\ntokens"
-    seconds = {} if narrow else dict(zip(SECONDS, ("prefill\ns", "compr.\ns", "decode\ns"), strict=True))
-    if "ttft_seconds" in figures:  # which, with the seconds per token, says what these say
-        seconds.pop("prefill_seconds", None)
-        seconds.pop("decode_seconds", None)
-    headings = ["method", "budget", "n"]
-    for name, (heading, _, _) in figures.items():
-        headings += [
-            heading,
-            *(["95 %\ninterval"] if name in bounded else []),
-            *(["diff."] if name == compared else []),
-        ]
-    headings += [*tokens.values(), "evicted", "cache\nMiB", "of\nfull", *seconds.values()]
-    lines = []
-    for line in frame.to_dict("records"):
-        cells = [line["method"], str(line["budget"]), str(line["examples"])]
-        for name, (_, form, unit) in figures.items():
-            cells += [_number(line[name] / unit, form)]
-            cells += [_interval(line, name)] if name in bounded else []
-            cells += [_difference(line, name, reference)] if name == compared else []
-        cells += [
-            *(_number(line[name], "{:.1f}") for name in tokens),
-            _evicted(line),
-            _cache(line),
-            _ratio(line),
-            *(_number(line[name], "{:.2f}") for name in seconds),
-        ]
-        lines.append(["oom" if cell == "-" and line.get("oom") else cell for cell in cells])
-    told = [place for place in range(len(headings)) if place < 3 or any(cells[place] != "-" for cells in lines)]
-    for heading in (headings[place] for place in told):
+Line = Mapping[Hashable, Any]
+"""A line of a frame of `summarise`."""
+Column = tuple[str, Callable[[Line], str]]
+"""A heading, and what stands below it in a line."""
+
+
+def _print_lines(
+    console: Console, reference: Configuration | None, title: str, frame: pd.DataFrame, notes: Sequence[str]
+) -> None:
+    """One table. Its title and its notes are no parts of it, since a narrow table would fold them."""
+    columns = [*_figures(frame, reference), *_sizes(frame), *_seconds(frame, console.width < TABLE_WIDTH)]
+    lines = frame.to_dict("records")
+    cells = {heading: [_or_oom(cell(line), line) for line in lines] for heading, cell in columns}
+    told = {heading: texts for heading, texts in cells.items() if set(texts) != {"-"}}
+    about = {"method": frame["method"], "budget": frame["budget"].map(str), "n": frame["examples"].map(str)}
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in (*about, *told):
         justify: JustifyMethod = "left" if heading == "method" else "right"
         table.add_column(heading if "\n" in heading else f"\n{heading}", justify=justify, overflow="fold")
-    for cells in lines:
-        table.add_row(*(Text(cells[place]) for place in told))
-    return table
+    for texts in zip(*about.values(), *told.values(), strict=True):
+        table.add_row(*map(Text, texts))
+    if "diff." in told and reference:
+        notes = [*notes, f"diff.: to {reference[0]} on the same examples; ~ where its 95 % interval contains 0"]
+    if (frame["memory"] == "nominal").any():
+        notes = [*notes, "* nominal: evicted entries are only masked, the memory is not freed"]
+    console.print(Text(title, style="italic"), table, *(Text(note, style="dim") for note in notes), "", sep="\n")
 
 
-def _known(frame: pd.DataFrame, name: str) -> bool:
-    return name in frame and bool(frame[name].notna().any())
+def _figures(frame: pd.DataFrame, reference: Configuration | None) -> Iterator[Column]:
+    """Scores and measures, with intervals where they are known, and the difference of the one that matters."""
+    forms = {name: (name, "{:.2f}", 1) for name in scores_of(frame)}
+    forms |= {name: each for name, each in MEASURES.items() if name in frame}
+    compared = next((name for name in ("score", "perplexity") if name in forms), None)
+    for name, (heading, form, unit) in forms.items():
+        yield heading, partial(_number, name, form, unit=unit)
+        if name != "nll" and f"{name}_low" in frame:
+            interval = "95 %\ninterval" if name == compared else f"{name}\n95 %"
+            yield interval, partial(_interval, name)
+        if name == compared:
+            yield "diff.", partial(_difference, name, reference)
 
 
-def _interval(line: Mapping[Hashable, Any], name: str) -> str:
+def _sizes(frame: pd.DataFrame) -> Iterator[Column]:
+    yield "kept\ntokens", partial(_number, "kept_tokens_mean", "{:.1f}")
+    if (frame["read_tokens_mean"] < frame["kept_tokens_mean"]).any():
+        yield "read\ntokens", partial(_number, "read_tokens_mean", "{:.1f}")
+    yield "evicted", _evicted
+    yield "cache\nMiB", _cache
+    yield "of\nfull", _ratio
+
+
+def _seconds(frame: pd.DataFrame, narrow: bool) -> Iterator[Column]:
+    """None where the console is narrow; time to first token and per token say what prefill and decode say."""
+    shown = ["compress_seconds"] if "ttft_seconds" in frame else SECONDS
+    for name in () if narrow else shown:
+        heading = {"compress_seconds": "compr.\ns"}.get(name, name.replace("_seconds", "\ns"))
+        yield heading, partial(_number, name, "{:.2f}")
+
+
+def _or_oom(cell: str, line: Line) -> str:
+    return "oom" if cell == "-" and line.get("oom") else cell
+
+
+def _interval(name: str, line: Line) -> str:
     low, high = line[f"{name}_low"], line[f"{name}_high"]
     return "-" if pd.isna(low) else f"{low:.1f}-{high:.1f}"
 
 
-def _difference(line: Mapping[Hashable, Any], name: str, reference: Configuration | None) -> str:
+def _difference(name: str, reference: Configuration | None, line: Line) -> str:
     difference = line[f"{name}_difference"]
     if pd.isna(difference) or (line["method"], line["budget"]) == reference:
         return "-"
@@ -136,25 +142,29 @@ def _difference(line: Mapping[Hashable, Any], name: str, reference: Configuratio
     return f"{difference:+.2f}" + (" " if sure else "~")
 
 
-def _evicted(line: Mapping[Hashable, Any]) -> str:
+def _evicted(line: Line) -> str:
     share = line["compressed_share"]
     if pd.isna(share) or (line["budget"] == FULL and share == 0):
         return "-"
     return {0: "never", 1: "always"}.get(share, f"{share:.0%}")
 
 
-def _cache(line: Mapping[Hashable, Any]) -> str:
+def _cache(line: Line) -> str:
     if pd.isna(line["cache_bytes"]):
         return "-"
     return f"{line['cache_bytes'] / 2**20:,.1f}" + ("*" if line["memory"] == "nominal" else "")
 
 
-def _ratio(line: Mapping[Hashable, Any]) -> str:
+def _ratio(line: Line) -> str:
     """Share of the full cache; none where a budget was never reached, unless the bytes shrank in another way."""
     if line["budget"] != FULL and line["compressed_share"] == 0 and line["ratio"] >= 1:
         return "-"
-    return _number(line["ratio"], "{:.1%}")
+    return _number("ratio", "{:.1%}", line)
 
 
-def _number(value: float, form: str) -> str:
+def _number(name: str, form: str, line: Line, unit: float = 1) -> str:
+    return _formatted(line[name] / unit, form)
+
+
+def _formatted(value: float, form: str) -> str:
     return "-" if pd.isna(value) else form.format(value)
