@@ -98,8 +98,8 @@ def make(
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
-    overview, *single = save_heatmaps(rows, folder)
-    console.print(f"heatmap {overview}  (and {len(single)} of one configuration each beside it)", soft_wrap=True)
+    overview, *_ = save_heatmaps(rows, folder)
+    console.print(f"heatmap {overview}  (and one of each configuration beside it, all as SVG too)", soft_wrap=True)
 
 
 @hookimpl
