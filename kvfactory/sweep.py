@@ -253,7 +253,8 @@ class Sweep:
 
     def _subject(self, example: Example, job: Job, prompt_tokens: int) -> Subject:
         method = job.method.for_prompt(prompt_tokens)
-        settings, budget = method.row_settings(), method.settings().get("budget")
+        settings, asked = method.row_settings(), method.settings().get("budget")
+        budget = asked if isinstance(asked, int) else None
         return Subject(
             benchmark=self.benchmark.name,
             group=example.group,

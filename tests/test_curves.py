@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable
 from itertools import pairwise
@@ -23,6 +22,7 @@ from kvfactory.errors import UserError
 from kvfactory.report.curves import budget_curves, latency_curves, trade_off
 from kvfactory.report.figures import drawn
 from kvfactory.report.tables import overall, summarise
+from scripts import load_script
 
 
 def several(group: str, method: str, budget: int | str | None, scores: Iterable[float], **fields: object) -> list[dict]:
@@ -374,10 +374,7 @@ def test_what_cannot_be_drawn_is_refused_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def visualize():
-    path = Path(__file__).parents[1] / "scripts" / "visualize_curves.py"
-    spec = importlib.util.spec_from_file_location("visualize_curves", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("visualize_curves")
 
     def exit_code(*arguments) -> int:
         with pytest.raises(SystemExit) as stop:

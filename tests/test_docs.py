@@ -49,6 +49,7 @@ from kvfactory.results import RunFolder, load_rows
 from kvfactory.runner import GROWING, HARMLESS, Runner, benchmark_command
 from kvfactory.sweep import Sweep
 from kvfactory.testing import MethodContract, compress_layer, generate, reference_attention, tiny_model, tiny_prompts
+from scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "example_plugin"
@@ -367,21 +368,13 @@ def test_what_may_change_on_resume_is_listed() -> None:
     }
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_of_commands_is_what_help_says() -> None:
-    assert TEXTS["docs/commands.md"] == script("commands_page").page(), "run `python scripts/commands_page.py`"
+    assert TEXTS["docs/commands.md"] == load_script("commands_page").page(), "run `python scripts/commands_page.py`"
 
 
 def test_the_tables_of_methods_are_those_that_the_script_writes() -> None:
     """All but the measured columns, which are taken as they stand."""
-    tables, registry, page = script("methods_table"), get_registry(), TEXTS["docs/methods.md"]
+    tables, registry, page = load_script("methods_table"), get_registry(), TEXTS["docs/methods.md"]
     stale = "run `python scripts/methods_table.py --no-measure`"
     assert tables.between(README, "methods") == tables.readme_table(registry), stale
     assert tables.between(page, "settings") == tables.settings_table(registry), stale

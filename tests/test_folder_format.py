@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import defaultdict
 from dataclasses import fields
@@ -25,6 +24,7 @@ from kvfactory.results import RunFolder, load_run
 from kvfactory.settings import row_value
 from kvfactory.sweep import Sweep
 from kvfactory.testing import tiny_model
+from scripts import load_script
 
 SPECS = [
     "fullkv",
@@ -135,11 +135,7 @@ def test_a_folder_of_a_newer_format_is_refused(folder: Path, tmp_path: Path, ver
 
 
 def test_the_tables_of_the_docs_are_those_of_the_dataclasses() -> None:
-    path = Path(__file__).parent.parent / "scripts" / "results_page.py"
-    spec = importlib.util.spec_from_file_location("results_page", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("results_page")
     text = module.PAGE.read_text("utf-8")
     assert module.page(text) == text, "python scripts/results_page.py writes it anew"
     assert text.count("| `example_id` | text |") == 3

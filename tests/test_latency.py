@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from kvfactory.report.terminal import print_table
 from kvfactory.results import Row, RunFolder, load_rows
 from kvfactory.sweep import full_cache_bytes
 from kvfactory.testing import TINY, TINY_CONFIGS, tiny_model
+from scripts import load_script
 
 METHODS = ["fullkv", "snapkv", "streamingllm"]
 ALL_IDS = range(TINY["vocab_size"])
@@ -403,12 +403,7 @@ def test_bad_input_is_one_line(changes: list[str], words: list[str], tiny: Path,
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "benchmark_latency_memory.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark_latency_memory")
 
 
 def script_exit_code(script: ModuleType, *arguments: object) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +27,7 @@ from kvfactory.errors import UserError
 from kvfactory.kernels import PromptAttention
 from kvfactory.sparse import Blocks, Lines, sparse_attention
 from kvfactory.testing import MethodContract, generate, tiny_model, tiny_prompts
+from scripts import load_script
 
 LAYERS, HEADS = 3, 8
 FOLDER = TemporaryDirectory()
@@ -323,13 +322,7 @@ class TestMInferenceContract(MethodContract):
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "search_patterns.py"
-    spec = importlib.util.spec_from_file_location("search_patterns", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["search_patterns"] = module  # where dataclasses look up the types of their fields
-    spec.loader.exec_module(module)
-    return module
+    return load_script("search_patterns")
 
 
 @pytest.mark.parametrize("kind", minference.KINDS)

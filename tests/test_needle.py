@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +30,7 @@ from kvfactory.chat import chat_ids
 from kvfactory.errors import UserError
 from kvfactory.results import load_rows
 from kvfactory.testing import TINY_CONFIGS
+from scripts import load_script
 
 WORDS = "the a river stone house walks under over green slow night morning finds keeps seven open"
 TEMPLATE = re.compile(
@@ -836,10 +835,7 @@ def test_what_a_published_grid_leaves_out_is_said(tiny, tmp_path, capsys):
     assert said in capsys.readouterr().err
     (row,) = load_rows(tmp_path)
     assert row["example_id"] == "sandwich/1000/depth50/0"
-    script = Path(__file__).parents[1] / "scripts" / "visualize_needle.py"
-    spec = importlib.util.spec_from_file_location("visualize_needle", script)
-    visualize = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(visualize)
+    visualize = load_script("visualize_needle")
     with pytest.raises(SystemExit) as stop:
         visualize.main([str(tmp_path), "--score", "rouge1", "--output", str(tmp_path / "rouge")])
     assert stop.value.code == 0

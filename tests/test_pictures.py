@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
-from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -41,28 +38,20 @@ from kvfactory.report.figures import (
     wrapped,
 )
 from kvfactory.testing import TINY_CONFIGS, reference_attention, tiny_model, tiny_prompts
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 TEXT = "The keeper counted $x_1$ <steps> every evening."
 
 
-@cache
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def attention() -> ModuleType:
-    return load("visualize_attention")
+    return load_script("visualize_attention")
 
 
 @pytest.fixture(scope="module")
 def retention() -> ModuleType:
-    return load("visualize_retention")
+    return load_script("visualize_retention")
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +289,7 @@ def test_of_a_long_text_the_end_is_shown_and_that_is_said(retention: ModuleType)
 @given(st.lists(st.text(" ab\n方é", max_size=7), max_size=30), st.integers(4, 12))
 @settings(max_examples=60)
 def test_text_is_set_in_lines_that_fit_and_loses_nothing(texts: list[str], letters: int) -> None:
-    pieces = load("visualize_retention").set_lines(texts, letters)
+    pieces = load_script("visualize_retention").set_lines(texts, letters)
     assert "".join(piece.text for piece in pieces) == printable("".join(texts))
     for token, text in enumerate(texts):
         assert "".join(piece.text for piece in pieces if piece.token == token) == printable(text)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from itertools import pairwise, product
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +17,7 @@ from rows import make_row
 
 from kvfactory.errors import UserError
 from kvfactory.report.heatmaps import heatmap, overview, save_heatmaps, score_grids
+from scripts import load_script
 
 VIRIDIS = colormaps["viridis"]
 
@@ -170,10 +169,7 @@ def test_rows_that_cannot_be_drawn_are_refused_by_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def visualize():
-    path = Path(__file__).parents[1] / "scripts" / "visualize_needle.py"
-    spec = importlib.util.spec_from_file_location("visualize_needle", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("visualize_needle")
 
     def exit_code(*arguments) -> int:
         with pytest.raises(SystemExit) as stop:

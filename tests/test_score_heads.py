@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -19,17 +18,14 @@ from kvfactory.budget_tables import read_head_table
 from kvfactory.chat import chat_ids
 from kvfactory.models import load_tokenizer
 from kvfactory.testing import reference_attention, tiny_model, tiny_prompts
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("score_heads", ROOT / "scripts" / "score_heads.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("score_heads")
 
 
 def needles(tokenizer: Any, *depths: float) -> Needle:
