@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
-from typing import Protocol, Self
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from .indexing import entries
+
+if TYPE_CHECKING:
+    from .stacks import Stack
 
 Positions = Callable[[], Tensor]
 """Gives the true positions of a store's entries, [heads or 1, length], ascending."""
@@ -55,15 +60,52 @@ class MakeBuffer(Protocol):
     def __call__(self, keys: Tensor, values: Tensor, head: int | None = None, heads: int = 1) -> Buffer: ...
 
 
-class PlainBuffer(Buffer):
-    """Entries as they are, with room behind them."""
+class Stackable(ABC):
+    """Entries as they are, with room behind them, which may lie in one tensor with those of other rows (`stacks`).
+
+    A write by itself takes a row out of its stack: it copies what it has, as it does wherever tensors are shared.
+    """
+
+    keys: Tensor
+    values: Tensor
+    shared: bool = True
+    """The tensors may be somebody else's too: copy before the first write."""
+    stack: Stack[Any] | None = None
+    slot: int = 0
+    """Which row of the stack this is."""
+
+    @abstractmethod
+    def shape(self) -> Hashable:
+        """What rows have to agree in to be stacked: heads, and how many entries."""
+
+    def lie_in(self, stack: Stack[Any], slot: int) -> None:
+        """Hold a row of a stack's tensors, which has these entries in it."""
+        self.stack, self.slot, self.shared = stack, slot, True
+        self.keys, self.values = stack.keys[slot], stack.values[slot]
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Hold tensors that are nobody else's."""
+        self.keys, self.values, self.shared, self.stack = keys, values, False, None
+
+    def fork(self) -> Self:
+        """See `Buffer.fork`. The stack goes on with this one, whose further entries are behind those of the other."""
+        self.shared = True
+        twin = copy(self)
+        twin.stack = None
+        return twin
+
+
+class PlainBuffer(Stackable, Buffer):
+    """All heads have equally many entries."""
 
     def __init__(self, keys: Tensor, values: Tensor, limit: int | None = None) -> None:
         """Keys and values [heads, length, head_dim]; no room is made beyond the `limit`, if there is one."""
         self.keys, self.values = keys, values
         self.length = keys.shape[1]
         self.limit = limit
-        self.shared = True  # the tensors may be somebody else's too: copy before the first write
+
+    def shape(self) -> Hashable:
+        return self.keys.shape[0], self.length
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         start, tokens = self.length, keys.shape[1]
@@ -82,8 +124,7 @@ class PlainBuffer(Buffer):
             new[:, : self.length] = old[:, : self.length]
             return new
 
-        self.keys, self.values = grown(self.keys), grown(self.values)
-        self.shared = False
+        self.hold(grown(self.keys), grown(self.values))
 
     def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
         return self.keys.narrow(1, 0, self.length), self.values.narrow(1, 0, self.length)
@@ -94,14 +135,62 @@ class PlainBuffer(Buffer):
     def replace(self, keys: Tensor, values: Tensor) -> None:
         self.length = keys.shape[1]
         if self.shared or self.keys.shape[1] != self.limit or self.length > self.limit:
-            self.keys, self.values, self.shared = keys, values, False
+            self.hold(keys, values)
         else:  # the room is what it should be
             self.keys[:, : self.length] = keys
             self.values[:, : self.length] = values
 
-    def fork(self) -> Self:
-        self.shared = True
-        return copy(self)
+
+class SegmentBuffer(Stackable):
+    """Each head has its own number of entries: a segment of a flat tensor a head, all with the same room behind them."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """One [length, head_dim] tensor a head."""
+        self.lengths = [len(each) for each in keys]
+        self.room = 0
+        self.keys, self.values = torch.cat(list(keys)), torch.cat(list(values))
+
+    def shape(self) -> Hashable:
+        return "segments", len(self.lengths), sum(self.lengths)
+
+    def mean_length(self) -> int:
+        """Entries of a head, rounded down: what rows that share a `shape` agree in."""
+        return sum(self.lengths) // len(self.lengths)
+
+    def starts(self) -> list[int]:
+        """Where each head's segment begins in the flat tensor."""
+        return list(accumulate((length + self.room for length in self.lengths[:-1]), initial=0))
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add entries [heads, tokens, head_dim]."""
+        tokens = keys.shape[1]
+        if self.shared or tokens > self.room:
+            room = tokens + room_for(self.mean_length())
+            self.hold(self.laid_out(self.keys, room), self.laid_out(self.values, room))
+            self.room = room
+        ends = [start + length for start, length in zip(self.starts(), self.lengths, strict=True)]
+        slots = torch.tensor([slot for end in ends for slot in range(end, end + tokens)], device=self.keys.device)
+        self.keys.index_copy_(0, slots, keys.flatten(0, 1))
+        self.values.index_copy_(0, slots, values.flatten(0, 1))
+        self.advance(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Count entries that were written behind each segment."""
+        self.lengths = [length + tokens for length in self.lengths]
+        self.room -= tokens
+
+    def laid_out(self, flat: Tensor, room: int) -> Tensor:
+        """A flat tensor of these segments with so much room behind each; what is in the room is 0."""
+        free = flat.new_zeros(room, flat.shape[1])
+        return torch.cat([part for segment in self.segments(flat) for part in (segment, free)])
+
+    def segments(self, flat: Tensor) -> list[Tensor]:
+        """The entries of each head, [length, head_dim], without the room behind them."""
+        return [flat.narrow(0, start, length) for start, length in zip(self.starts(), self.lengths, strict=True)]
+
+    def nbytes(self) -> int:
+        """Bytes of both tensors, room to grow included."""
+        return self.keys.nbytes + self.values.nbytes
 
 
 class Rows:

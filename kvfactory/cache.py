@@ -6,7 +6,7 @@ were seen; how many entries are stored is the stores' own business.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean as mean
@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
+from .buffers import Stackable
 from .clock import now
 from .context import LayerContext, Prompt
 from .kernels import KERNELS, PromptAttention, decode_attention
 from .method import Method
+from .stacks import stack_of
 from .stores import Store
 
 
@@ -147,18 +149,26 @@ class CompressedCache(Cache):
                 for cache in caches:
                     cache.compress(context)
             return output
-        outputs = [
-            self._decode(caches[0], layer.index, query, key, value, padding)
-            for caches, query, key, value, padding in zip(
-                self.rows,
-                layer.query.unbind(0),
-                layer.key.unbind(0),
-                layer.value.unbind(0),
-                self._padding,
-                strict=True,
-            )
-        ]
-        return torch.stack(outputs)
+        output = torch.empty_like(layer.query)
+        together = self._together(layer)
+        for rows, held in together:
+            where, attended = stack_of(held).step(self.kernel, held, rows, layer.query, layer.key, layer.value)
+            output.index_copy_(0, where, attended)
+        for row in {*range(len(self.rows))}.difference(*(rows for rows, _ in together)):
+            output[row] = self._decode(row, layer)
+        return output
+
+    def _together(self, layer: LayerBatch) -> list[tuple[list[int], list[Stackable]]]:
+        """Rows that attend together, two or more because their shapes agree, and what they hold."""
+        groups: dict[Hashable, tuple[list[int], list[Stackable]]] = {}
+        if layer.query.shape[2] > 1 or self.window is not None or any(self._padding):
+            return []
+        for row, (cache,) in enumerate(self.rows):
+            if entries := cache.stores[layer.index].stackable(cache.seen):
+                rows, held = groups.setdefault(entries.shape(), ([], []))
+                rows.append(row)
+                held.append(entries)
+        return [group for group in groups.values() if len(group[0]) > 1]
 
     def _prefill(self, layer: LayerBatch, contexts: list[LayerContext], mask: Tensor | None) -> Tensor:
         """The kernel's output, or a method's own in the rows that have one, zero where they are padded."""
@@ -191,22 +201,19 @@ class CompressedCache(Cache):
             inverse_frequencies=self.inverse_frequencies,
         )
 
-    def _decode(
-        self, cache: SequenceCache, layer_index: int, query: Tensor, key: Tensor, value: Tensor, padding: int
-    ) -> Tensor:
+    def _decode(self, row: int, layer: LayerBatch) -> Tensor:
         """One row's attention over its store, [query_heads, tokens, head_dim]; what padding attends to is nothing."""
-        if padding:
-            if padding == query.shape[1]:
-                return torch.zeros_like(query)
-            row = self._decode(cache, layer_index, query[:, padding:], key[:, padding:], value[:, padding:], 0)
-            return pad(row, (0, 0, padding, 0))
-        store = cache.stores[layer_index]
+        (cache,), padding = self.rows[row], self._padding[row]
+        query, key, value = (each[row, :, padding:] for each in (layer.query, layer.key, layer.value))
+        if not query.shape[1]:
+            return torch.zeros_like(layer.query[row])
+        store = cache.stores[layer.index]
         store.append(key, value, cache.seen)
         reading = store.read(query)
         output, weights = decode_attention(self.kernel, query, reading, cache.seen, self.window, store.observes)
         whole = isinstance(reading.keys, Tensor)
         store.observe((weights[0] if whole else weights) if store.observes else None)
-        return output
+        return pad(output, (0, 0, padding, 0)) if padding else output
 
 
 @dataclass

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,6 +31,8 @@ class Kernel:
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(query [heads, queries, dim], keys and values [heads, length, dim], allowed bool [heads or 1, queries, length] or
     None) -> output shaped like the query."""
+    ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
+    """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
 
 
 @runtime_checkable
@@ -114,10 +118,33 @@ def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | 
     return flash_attn_func(*rows)[0].transpose(0, 1)
 
 
+def head_by_head(
+    decode: Callable[[Tensor, Tensor, Tensor, None], Tensor], query: Tensor, keys: list[Tensor], values: list[Tensor]
+) -> Tensor:
+    """As `Kernel.ragged`: one call for each stored head."""
+    outputs = [
+        decode(part.reshape(1, -1, part.shape[-1]), key[None], value[None], None)
+        for part, key, value in zip(query.split(len(query) // len(keys)), keys, values, strict=True)
+    ]
+    return torch.cat(outputs, 1).view_as(query)
+
+
+def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """flash-attn with lengths: each stored head is a sequence of its own, of one query token."""
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = [len(each) for each in keys]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    starts = torch.arange(len(keys) + 1, dtype=torch.int32, device=query.device)
+    folded = query.view(len(keys), -1, query.shape[-1])
+    flat = torch.cat(keys)[:, None], torch.cat(values)[:, None]
+    return flash_attn_varlen_func(folded, *flat, starts, ends, 1, max(lengths)).view_as(query)
+
+
 KERNELS = {
-    "eager": Kernel(eager_prefill, eager_decode),
-    "sdpa": Kernel(sdpa_prefill, sdpa_decode),
-    "flash_attention_2": Kernel(flash_prefill, flash_decode),
+    "eager": Kernel(eager_prefill, eager_decode, partial(head_by_head, eager_decode)),
+    "sdpa": Kernel(sdpa_prefill, sdpa_decode, partial(head_by_head, sdpa_decode)),
+    "flash_attention_2": Kernel(flash_prefill, flash_decode, flash_ragged),
 }
 
 
@@ -142,6 +169,9 @@ def decode_attention(
     one tensor, or one for each head of a ragged store.
     """
     tokens = query.shape[1]
+    if isinstance(reading.keys, list) and tokens == 1 and window is None and not with_weights:
+        assert isinstance(reading.values, list)
+        return kernel.ragged(query, reading.keys, reading.values), []
     pieces = reading.pieces(query)
     masks: list[Tensor | None] = [None] * len(pieces)
     if tokens > 1 or window is not None:  # else a single newest token, which sees all there is

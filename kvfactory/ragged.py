@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .buffers import MakeBuffer, room_for
+from .buffers import MakeBuffer, SegmentBuffer, Stackable
 from .stores import DenseStore, Reading, Store, consecutive, spread
 
 
@@ -18,52 +18,43 @@ class RaggedStore(Store):
     """Each head its own number of entries, one segment of a flat buffer a head: no head pays for another's length."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Sequence[Tensor]) -> None:
-        """One [length, head_dim] key and value tensor and one [length] int32 position tensor a stored head."""
+        """One [length, head_dim] key and value tensor and one [length] int32 position tensor a stored head.
+
+        Raises ValueError where lengths differ within a head.
+        """
         self._listed_lengths = [len(each) for each in positions]
+        for held in (keys, values):
+            if [len(each) for each in held] != self._listed_lengths:
+                raise ValueError(
+                    f"heads of {self._listed_lengths} positions have {[len(each) for each in held]} entries"
+                )
+        self._buffer = SegmentBuffer(keys, values)
         self._listed = torch.cat(list(positions))
         # entries beyond the listed positions follow each other from `_run_start` on, in every head
-        self._run_start, self._run = 0, 0
-        self._room = 0  # free entries at the end of every segment
-        self._keys, self._values = torch.cat(list(keys)), torch.cat(list(values))
-        self._ends = torch.tensor(self._listed_lengths, device=self._keys.device).cumsum(0)
-        self._shared = True
+        self._run_start = 0
+
+    @property
+    def _run(self) -> int:
+        return self._buffer.lengths[0] - self._listed_lengths[0]
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        tokens, heads = keys.shape[1], len(self._listed_lengths)
         self._run_on(position)
-        if self._shared or tokens > self._room:
-            self._grow(tokens + room_for(max(self.lengths())))
-        slots = self._ends
-        if tokens > 1:
-            slots = (slots[:, None] + consecutive(0, tokens, slots.device)).flatten()
-        self._keys.index_copy_(0, slots, spread(keys, heads).flatten(0, 1))
-        self._values.index_copy_(0, slots, spread(values, heads).flatten(0, 1))
-        self._ends = self._ends + tokens
-        self._run += tokens
-        self._room -= tokens
+        heads = len(self._listed_lengths)
+        self._buffer.append(spread(keys, heads), spread(values, heads))
+
+    def stackable(self, position: int) -> Stackable | None:
+        if type(self) is not RaggedStore:
+            return None
+        self._run_on(position)
+        return self._buffer
 
     def _run_on(self, position: int) -> None:
         """Make sure that an entry at this position can follow the last one."""
-        if self._run and position != self._run_start + self._run:
-            self._listed, self._listed_lengths, self._run = torch.cat(self.positions()).int(), self.lengths(), 0
-        if not self._run:
+        run = self._run
+        if run and position != self._run_start + run:
+            self._listed, self._listed_lengths, run = torch.cat(self.positions()).int(), self.lengths(), 0
+        if not run:
             self._run_start = position
-
-    def _grow(self, room: int) -> None:
-        def grown(old: Tensor) -> Tensor:
-            free = old.new_empty(room, old.shape[1])
-            return torch.cat([part for segment in self._segments(old) for part in (segment, free)])
-
-        self._keys, self._values = grown(self._keys), grown(self._values)
-        more = room - self._room
-        self._ends = self._ends + more * consecutive(0, len(self._listed_lengths), self._ends.device)
-        self._room = room
-        self._shared = False
-
-    def _segments(self, flat: Tensor) -> list[Tensor]:
-        """The entries of each head, [length, head_dim], without the room behind them."""
-        with_room = flat.split([length + self._room for length in self.lengths()])
-        return [segment.narrow(0, 0, len(segment) - self._room) for segment in with_room]
 
     def pack(self, make: MakeBuffer) -> Store:
         held = zip(self.keys(), self.values(), self.positions(), strict=True)
@@ -71,24 +62,28 @@ class RaggedStore(Store):
         return HeadwiseStore(heads).pack(make)
 
     def read(self, query: Tensor) -> Reading:
-        return Reading(self._segments(self._keys), self._segments(self._values), self.positions)
+        return Reading(self.keys(), self.values(), self.positions)
 
     def positions(self) -> list[Tensor]:
         run = consecutive(self._run_start, self._run, self._listed.device)
         return [torch.cat([listed.long(), run]) for listed in self._listed.split(self._listed_lengths)]
 
     def keys(self) -> list[Tensor]:
-        return self._segments(self._keys)
+        return self._buffer.segments(self._buffer.keys)
 
     def values(self) -> list[Tensor]:
-        return self._segments(self._values)
+        return self._buffer.segments(self._buffer.values)
 
     def lengths(self) -> list[int]:
-        return [length + self._run for length in self._listed_lengths]
+        return list(self._buffer.lengths)
+
+    def nbytes(self) -> int:
+        return super().nbytes() + self._buffer.nbytes()
 
     def fork(self) -> Self:
-        self._shared = True
-        return copy(self)
+        twin = copy(self)
+        twin._buffer = self._buffer.fork()
+        return twin
 
 
 class HeadwiseStore(Store):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, MakeBuffer, PlainBuffer
+from .buffers import Buffer, MakeBuffer, PlainBuffer, Stackable
 from .errors import UserError
 
 
@@ -57,6 +57,13 @@ class Store(ABC):
     @abstractmethod
     def read(self, query: Tensor) -> Reading:
         """The entries that query [query_heads, tokens, head_dim] may attend to; the tokens just appended come last."""
+
+    def stackable(self, position: int) -> Stackable | None:
+        """Its entries, for rows that append and attend together; the next is about to have this true position.
+
+        None, the usual answer, where `append`, `read` or `observe` do more than hold and show all there is.
+        """
+        return None
 
     def observe(self, weights: Tensor | list[Tensor] | None) -> None:
         """The step's attention is done: the place to evict.
@@ -157,6 +164,12 @@ class DenseStore(Store):
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         self._run_on(position)
         self._buffer.append(spread(keys, self._heads), spread(values, self._heads))
+
+    def stackable(self, position: int) -> Stackable | None:
+        if type(self) is not DenseStore or not isinstance(self._buffer, PlainBuffer) or self._buffer.limit is not None:
+            return None  # what derives from this may read or evict in a way of its own
+        self._run_on(position)
+        return self._buffer
 
     def _run_on(self, position: int) -> None:
         """Make sure that an entry at this position can follow the last one."""

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from .attention import compress
-from .buffers import Buffer
+from .buffers import Buffer, Stackable
 from .context import LayerContext
 from .engine import Engine, Sequence
 from .method import Method
@@ -295,7 +295,7 @@ def tensors_of(thing: Any) -> list[Tensor]:
             seen.add(id(each))
             for inner in each.values() if isinstance(each, dict) else each:
                 look(inner)
-        elif isinstance(each, (Store, Buffer)) or is_dataclass(each):
+        elif isinstance(each, (Store, Buffer, Stackable)) or is_dataclass(each):
             look(vars(each))
 
     look(thing)

@@ -406,8 +406,26 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...
             )[0]
         return output
 
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+    ) -> Tensor:
+        assert q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape
+        assert {each.dtype for each in (cu_seqlens_q, cu_seqlens_k)} == {torch.int32}, "flash-attn wants int32"
+        lengths = cu_seqlens_k.diff().tolist()
+        assert max(lengths) == max_seqlen_k and set(cu_seqlens_q.diff().tolist()) == {max_seqlen_q}
+        calls.extend((1, length, 1, k.shape[2]) for length in lengths)
+        parts = zip(q.split(max_seqlen_q), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([plain_attention(*(each[None] for each in part), False)[0] for part in parts])
+
     module = ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr("transformers.modeling_flash_attention_utils._flash_attention_forward", flash_attention_forward)
     yield calls
@@ -447,7 +465,9 @@ def test_flash_decodes_as_sdpa_does(
     lengths_kept = {each for row in compression.cache.rows for store in row[0].stores for each in store.lengths()}
     assert {shape[1] for shape in flash_calls} & lengths_kept, "the last step reads what is stored then"
     heads = {shape[2] for shape in flash_calls}
-    assert 1 in heads if "ragged" in kind else heads == {2}, "a ragged store is read head by head, a dense one at once"
+    assert 1 in heads if "ragged" in kind else 1 not in heads, (
+        "a ragged store is read head by head, a dense one at once"
+    )
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -141,10 +141,9 @@ class TurnsToFloat32(Sound):
         return DenseStore(keys.float(), values.float(), kept.int())
 
 
-class PositionsFallShort(Sound):
-    def store(self, layer: LayerContext, kept: Tensor | list[Tensor]) -> Store:
-        keys, values = list(layer.keys[:, -9:]), list(layer.values[:, -10:])
-        return RaggedStore(keys, values, [torch.arange(9, dtype=torch.int32)] * layer.kv_heads)
+class PositionsFallShort(DenseStore):
+    def positions(self) -> list[Tensor]:
+        return [each[1:] for each in super().positions()]
 
 
 class SharedRoom(DenseStore):

@@ -1,0 +1,140 @@
+"""Rows that attend together against the same rows each by itself, whoever steps, leaves, comes back or is forked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvfactory import DenseStore, Engine, RaggedStore, Store, load_method
+from kvfactory.buffers import Stackable
+from kvfactory.cache import CompressedCache, LayerBatch, SequenceCache
+from kvfactory.kernels import KERNELS
+from kvfactory.stacks import DenseStack, RaggedStack, stack_of
+from kvfactory.testing import tiny_model, tiny_prompts
+
+KV_HEADS, GROUP, DIM = 2, 3, 8
+METHOD = load_method("fullkv")
+
+
+def dense(length: int, generator: torch.Generator, heads: int = KV_HEADS) -> Store:
+    keys, values = (torch.randn(heads, length, DIM, generator=generator) for _ in range(2))
+    return DenseStore(keys, values, torch.arange(0, 2 * length, 2, dtype=torch.int32).expand(heads, -1))
+
+
+def ragged(length: int, generator: torch.Generator, heads: int = KV_HEADS) -> Store:
+    """Heads of different lengths, `length` on average."""
+    first = int(torch.randint(1, 2 * length, (1,), generator=generator))
+    lengths = [first, 2 * length - first] * (heads // 2)
+    keys, values = ([torch.randn(each, DIM, generator=generator) for each in lengths] for _ in range(2))
+    return RaggedStore(keys, values, [torch.arange(each, dtype=torch.int32) for each in lengths])
+
+
+def sequence(store: Store, seen: int = 100) -> SequenceCache:
+    return SequenceCache(METHOD, [store], seen)
+
+
+def step(rows: list[SequenceCache], layer: LayerBatch) -> Tensor:
+    """One token for these rows: their attention."""
+    cache = CompressedCache([[row] for row in rows], "sdpa", None)
+    cache.begin(None, 1)
+    output = cache.attend(layer, None)
+    cache.end(1)
+    return output
+
+
+def token(rows: int, generator: torch.Generator) -> LayerBatch:
+    q, k, v = (torch.randn(rows, h, 1, DIM, generator=generator) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
+    return LayerBatch(0, 1, q, k, v, torch.empty(rows, 1, 1))
+
+
+def row_of(layer: LayerBatch, row: int) -> LayerBatch:
+    q, k, v = (each[row : row + 1] for each in (layer.query, layer.key, layer.value))
+    return replace(layer, query=q, key=k, value=v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99), heads=st.sampled_from([KV_HEADS, KV_HEADS * GROUP]))
+def test_company_changes_nothing(data: st.DataObject, seed: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    made = data.draw(
+        st.lists(st.tuples(st.sampled_from([dense, ragged]), st.sampled_from([5, 9])), min_size=2, max_size=7)
+    )
+    together = [sequence(make(length, generator, heads)) for make, length in made]
+    alone = [row.fork() for row in together]
+    for _ in range(data.draw(st.integers(1, 30))):
+        if data.draw(st.integers(0, 5)) == 0:
+            which = data.draw(st.integers(0, len(together) - 1))
+            together.append(together[which].fork())
+            alone.append(alone[which].fork())
+        stepping = data.draw(st.lists(st.sampled_from(range(len(together))), min_size=1, unique=True))
+        layer = token(len(stepping), generator)
+        outputs = step([together[row] for row in stepping], layer)
+        for place, row in enumerate(stepping):
+            expected = step([alone[row]], row_of(layer, place))[0]
+            torch.testing.assert_close(outputs[place], expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.seen == theirs.seen
+        for side in ("positions", "keys", "values"):
+            for a, b in zip(getattr(ours.stores[0], side)(), getattr(theirs.stores[0], side)(), strict=True):
+                assert torch.equal(a, b)
+
+
+def entries_of(row: SequenceCache) -> Stackable:
+    entries = row.stores[0].stackable(row.seen)
+    assert entries is not None
+    return entries
+
+
+def test_rows_of_one_shape_share_a_kernel_call_and_their_room() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = [sequence(make(length, generator)) for make in (dense, ragged) for length in (20, 20, 33, 20)]
+    kernel, calls = KERNELS["sdpa"], []
+    cache = CompressedCache([[row] for row in rows], "sdpa", None)
+    cache.kernel = replace(kernel, decode=lambda *given: calls.append(given[0].shape) or kernel.decode(*given))
+    moves: set[int] = set()
+    for _ in range(40):
+        cache.begin(None, 1)
+        cache.attend(token(len(rows), generator), None)
+        cache.end(1)
+        moves.add(entries_of(rows[0]).keys.untyped_storage().data_ptr())
+    assert calls.count((3 * KV_HEADS, GROUP, DIM)) == 40 and calls.count((3, KV_HEADS * GROUP, DIM)) == 40
+    assert len(calls) == 40 * 3, "the two others of length 33 are alone, of which the ragged one takes no such call"
+    assert len(moves) <= 3, "a step writes into the room there is"
+    assert len({entries_of(rows[each]).keys.untyped_storage().data_ptr() for each in (0, 1, 3)}) == 1
+    held = [row.stores[0].nbytes() for row in rows]
+    assert all(60 * 2 * KV_HEADS * DIM * 4 <= each <= 80 * 2 * KV_HEADS * DIM * 4 for each in held[:2]), (
+        "its own slot alone"
+    )
+
+
+def test_slots_of_rows_that_left_are_given_up_when_they_are_half() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for make, kind in ((dense, DenseStack), (ragged, RaggedStack)):
+        rows = [sequence(make(10, generator)) for _ in range(6)]
+        step(rows, token(6, generator))
+        first = entries_of(rows[0]).stack
+        assert isinstance(first, kind)
+        step(rows[:4], token(4, generator))
+        assert entries_of(rows[0]).stack is first and first.slots == 6
+        step(rows[:3], token(3, generator))
+        stack = entries_of(rows[0]).stack
+        assert stack is not first and stack is not None and stack.slots == 3
+        assert stack_of([entries_of(rows[5]), entries_of(rows[4])]) is not first, "they were left out of a step"
+
+
+def test_the_engine_forms_stacks_and_says_the_same() -> None:
+    model, ids = tiny_model(), tiny_prompts(60)[0][0]
+    names = [("snapkv", 16), ("h2o", 16), ("adakv", 16), ("streamingllm", 16), ("fullkv", None), ("snapkv", 24)]
+    methods = [load_method(name, budget=budget) for name, budget in names]
+    engine = Engine(model)
+    rows = engine.prefill(ids, methods)
+    together = engine.decode(rows, 12)
+    held = [row.cache.stores[0].stackable(row.cache.seen) for row in rows]
+    stacks = [each.stack for each in held if each is not None]
+    assert stacks[0] is not None and stacks[0] is stacks[1] is stacks[3]
+    assert stacks[4] is None and stacks[5] is None
+    assert together == [engine.decode(engine.prefill(ids, [method]), 12)[0] for method in methods]
