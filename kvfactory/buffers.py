@@ -34,6 +34,10 @@ class Buffer(ABC):
     def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, length, head_dim], in the model's dtype; what was just appended is as it came."""
 
+    def attend(self, query: Tensor, positions: Positions) -> Tensor | None:
+        """Attention of query [heads, queries, head_dim] over all entries; None: what `read` gives is to be attended to."""
+        return None
+
     @abstractmethod
     def keep(self, index: Tensor) -> None:
         """Let go of all entries but index [heads, count], which is ascending in each head."""

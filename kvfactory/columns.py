@@ -5,6 +5,7 @@ Everything here but the buffer itself is immutable, so that a fork shares it and
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import copy
@@ -25,6 +26,14 @@ class Column(ABC):
     @abstractmethod
     def decoded(self) -> Tensor:
         """[heads, length, head_dim], float32."""
+
+    def products(self, query: Tensor) -> Tensor:
+        """Of query [heads, queries, head_dim] and each entry, [heads, queries, length], all float32."""
+        return query @ self.decoded().transpose(1, 2)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Sums of the entries with weights [heads, queries, length], [heads, queries, head_dim], all float32."""
+        return weights @ self.decoded()
 
     @abstractmethod
     def keep(self, index: Tensor) -> Self:
@@ -103,9 +112,30 @@ class Piece:
         """[heads, length, head_dim], in the dtype of the recent entries."""
         if self.old is None:
             return self.recent
-        old = self.old.decoded()
-        old = self.encoder.turned(old, positions()[:, : self.old_length], 1) if self.encoder.turns else old
-        return torch.cat([old.to(self.recent.dtype), self.recent], 1)
+        return torch.cat([self._written(self.old, positions).to(self.recent.dtype), self.recent], 1)
+
+    def products(self, query: Tensor, positions: Positions) -> Tensor:
+        """As `Column.products`, of all entries."""
+        recent = query @ self.recent.float().transpose(1, 2)
+        if self.old is None:
+            return recent
+        turned = self.encoder.turns
+        old = query @ self._written(self.old, positions).transpose(1, 2) if turned else self.old.products(query)
+        return torch.cat([old, recent], -1)
+
+    def mixed(self, weights: Tensor, positions: Positions) -> Tensor:
+        """As `Column.mixed`, of all entries."""
+        recent = weights[..., self.old_length :] @ self.recent.float()
+        if self.old is None:
+            return recent
+        of_old = weights[..., : self.old_length]
+        turned = self.encoder.turns
+        return recent + (of_old @ self._written(self.old, positions) if turned else self.old.mixed(of_old))
+
+    def _written(self, old: Column, positions: Positions) -> Tensor:
+        """The encoded entries as they are read, [heads, length, head_dim], float32."""
+        decoded = old.decoded()
+        return self.encoder.turned(decoded, positions()[:, : self.old_length], 1) if self.encoder.turns else decoded
 
     def keep(self, index: Tensor) -> list[Piece]:
         """Those at index [heads, count]: one piece, or one a head where heads keep different numbers of encoded ones."""
@@ -148,6 +178,13 @@ class AgingBuffer(Buffer):
             for side in (self._keys, self._values)
         )
         return keys, values
+
+    def attend(self, query: Tensor, positions: Positions) -> Tensor | None:
+        if len(self._keys) > 1 or len(self._values) > 1:
+            return None
+        exact = query.float() / math.sqrt(query.shape[-1])
+        weights = self._keys[0].products(exact, positions).softmax(-1)
+        return self._values[0].mixed(weights, positions).to(query.dtype)
 
     def keep(self, index: Tensor) -> None:
         self._keys = [kept for piece, part in _by_piece(self._keys, index) for kept in piece.keep(part)]

@@ -62,12 +62,40 @@ class UniformColumn(Column):
         return cls(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
 
     def decoded(self) -> Tensor:
-        levels, scale, least = unpack(self.packed, self.bits).float(), self.scale.float(), self.least.float()
+        levels, scale, least = self._levels(), self.scale.float(), self.least.float()
         if self.groups is None:
-            dim = levels.shape[-1]
-            return levels * _of_channels(scale, self.group_size, dim) + _of_channels(least, self.group_size, dim)
+            return self._scaled(levels) + _of_channels(least, self.group_size, levels.shape[-1])
+        if size := self.groups.size:
+            return torch.addcmul(least[:, :, None], levels.unflatten(1, (-1, size)), scale[:, :, None]).flatten(1, 2)
         index = self.groups.index()
         return levels * entries(scale, index) + entries(least, index)
+
+    def _levels(self) -> Tensor:
+        """[heads, length, head_dim], float32."""
+        return unpack(self.packed, self.bits).float()
+
+    def _scaled(self, levels: Tensor) -> Tensor:
+        """Levels times the scales of groups of channels; the levels are overwritten."""
+        if levels.shape[-1] % self.group_size:
+            return levels.mul_(_of_channels(self.scale.float(), self.group_size, levels.shape[-1]))
+        return levels.unflatten(-1, (-1, self.group_size)).mul_(self.scale.float()[..., None]).flatten(-2)
+
+    def products(self, query: Tensor) -> Tensor:
+        if self.groups is None or not self.groups.size:
+            return super().products(query)
+        # a group's scales go to the query, and what all its entries share is added: no entry is written out
+        scaled = query[:, None] * self.scale.float()[:, :, None]
+        shared = (query @ self.least.float().transpose(1, 2)).transpose(1, 2)
+        levels = self._levels().view(-1, self.groups.size, query.shape[-1])
+        products = torch.baddbmm(shared.flatten(0, 1)[..., None], scaled.flatten(0, 1), levels.transpose(1, 2))
+        return products.unflatten(0, scaled.shape[:2]).transpose(1, 2).flatten(2)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        if self.groups is not None:
+            return super().mixed(weights)
+        dim = self.packed.shape[-1] * 8 // self.bits
+        shared = _of_channels(weights @ self.least.float(), self.group_size, dim)
+        return shared + weights @ self._scaled(self._levels())
 
     def keep(self, index: Tensor) -> UniformColumn:
         packed = entries(self.packed, index)

@@ -65,6 +65,13 @@ class Store(ABC):
         """
         return None
 
+    def attend(self, query: Tensor) -> Tensor | None:
+        """The attention of one new token, [query_heads, 1, head_dim], over what `read` would give; None: by `read`.
+
+        For stores whose entries are better multiplied as they are held than written out.
+        """
+        return None
+
     def observe(self, weights: Tensor | list[Tensor] | None) -> None:
         """The step's attention is done: the place to evict.
 
@@ -170,6 +177,12 @@ class DenseStore(Store):
             return None  # what derives from this may read or evict in a way of its own
         self._run_on(position)
         return self._buffer
+
+    def attend(self, query: Tensor) -> Tensor | None:
+        if type(self).read is not DenseStore.read:
+            return None
+        attended = self._buffer.attend(query.view(self._heads, -1, query.shape[-1]), self._all_positions)
+        return None if attended is None else attended.view_as(query)
 
     def _run_on(self, position: int) -> None:
         """Make sure that an entry at this position can follow the last one."""

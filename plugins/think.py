@@ -102,8 +102,12 @@ class PrunedColumn(Column):
 
     def decoded(self) -> Tensor:
         heads, length, _ = self.kept.shape
-        whole = self.kept.new_zeros(heads, length, self.dim)
-        return whole.scatter_(2, self.channels.long()[:, None].expand(-1, length, -1), self.kept)
+        whole = self.kept.new_zeros(heads, length, self.dim, dtype=torch.float32)
+        return whole.scatter_(2, self.channels.long()[:, None].expand(-1, length, -1), self.kept.float())
+
+    def products(self, query: Tensor) -> Tensor:
+        asked = query.gather(2, self.channels.long()[:, None].expand(-1, query.shape[1], -1))
+        return asked @ self.kept.float().transpose(1, 2)
 
     def keep(self, index: Tensor) -> PrunedColumn:
         return PrunedColumn(entries(self.kept, index), self.channels, self.dim)

@@ -201,6 +201,53 @@ def test_numbers_on_the_grid_are_exact(bits: int) -> None:
     assert torch.equal(column.decoded(), levels * 0.5 - 3)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    tokens=st.integers(1, 70),
+    group_size=st.sampled_from([5, 8, 16, 32]),
+    per_channel=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_what_multiplies_as_it_is_held_gives_what_is_written_out(
+    bits: int, tokens: int, group_size: int, per_channel: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, query, weights = (torch.randn(2, *size, generator=generator) for size in ((tokens, 16), (3, 16), (3, tokens)))
+    quantise = UniformColumn.per_channel if per_channel else UniformColumn.per_token
+    column = quantise(x, bits, group_size, torch.float16)
+    index = torch.arange(0, tokens, 2).expand(2, -1)
+    for each in (
+        column,
+        column.keep(index),
+        column.keep(index).joined(column),
+        column.joined(column),
+        column.heads()[1],
+    ):
+        heads, length, _ = each.decoded().shape
+        some = weights.repeat(1, 1, 2)[:heads, :, :length]
+        torch.testing.assert_close(
+            each.products(query[:heads]), query[:heads] @ each.decoded().mT, rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(each.mixed(some), some @ each.decoded(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", [*STORAGES, "think"])
+def test_a_step_attends_to_what_the_store_says_it_holds(storage: str) -> None:
+    kind = (
+        {"key_pruning": "think"} if storage == "think" else {"quant_method": storage, **small(storage, 1, head_dim=32)}
+    )
+    store = compress_layer(load_method("fullkv", **kind), *random_layer())
+    generator = torch.Generator().manual_seed(3)
+    query, new = (torch.randn(heads, 1, 32, generator=generator) for heads in (4, 2))
+    store.append(new, new, store.lengths()[0])
+    attended = store.attend(query)
+    assert attended is not None
+    keys, values = (torch.stack(each()).repeat_interleave(2, 0) for each in (store.keys, store.values))
+    expected = (query @ keys.transpose(1, 2) / math.sqrt(32)).softmax(-1) @ values
+    torch.testing.assert_close(attended, expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- gear ----
 
 
