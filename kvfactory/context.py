@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Self, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from .clock import now
 from .errors import require
 from .indexing import entries
-from .stores import Store
+from .stores import Store, spread
 
 T = TypeVar("T")
 
@@ -66,6 +67,8 @@ class LayerContext:
     """Which KV head of the model's layer is the first of these; None where all are here."""
     listed_positions: Tensor | None = None
     """True positions of the entries, [kv_heads, tokens], int64, where they are not simply 0, 1, 2, ..."""
+    evicted_before: int = 0
+    """Tokens of the prompt that are gone already, because it comes in chunks."""
     _shared: dict[Hashable, Measure] = field(default_factory=dict)
     _inner: Inner = field(default_factory=Inner)
 
@@ -87,6 +90,12 @@ class LayerContext:
         if self.listed_positions is not None:
             return self.listed_positions
         return torch.arange(self.num_tokens, device=self.keys.device)[None]
+
+    def true_positions(self, index: Tensor) -> Tensor:
+        """True positions of the entries at index [heads, count]; heads is kv_heads or a multiple of it."""
+        if self.listed_positions is None:
+            return index
+        return spread(self.listed_positions, len(index)).gather(1, index)
 
     def rotary_frequencies(self) -> Tensor:
         """`inverse_frequencies`, or a `UserError` where they are not known."""
@@ -130,10 +139,17 @@ class LayerContext:
         return self.shared("attention_mass", self._attention_mass)
 
     def _attention_mass(self) -> Tensor:
+        """In one kernel on a GPU where Triton is installed, else in torch, a KV head at a time: the same up to rounding."""
+        if self.keys.is_cuda and find_spec("triton") is not None:
+            from .triton_kernels import attention_mass  # late: without a GPU nobody waits for Triton's import
+
+            return attention_mass(self.queries, self.keys)
+        chunk = 2 * QUERY_CHUNK  # rows of one KV head stay in cache all the same, and wide products are faster
         mass = self.queries.new_zeros(self.query_heads, self.num_tokens, dtype=torch.float32)
-        for start in range(0, self.num_tokens, QUERY_CHUNK):
-            stop = min(start + QUERY_CHUNK, self.num_tokens)
-            mass[:, :stop] += self._attention(start, stop).sum(1)
+        for rows, head in zip(mass.unflatten(0, (self.kv_heads, -1)), self.stored_heads(self.kv_heads), strict=True):
+            for start in range(0, self.num_tokens, chunk):
+                stop = min(start + chunk, self.num_tokens)
+                rows[:, :stop] += head._attention(start, stop).sum(1)
         return mass
 
     def _attention(self, start: int, stop: int | None = None) -> Tensor:

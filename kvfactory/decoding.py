@@ -30,30 +30,35 @@ class BoundedStore(DenseStore):
         self._left = 0 if capacity is None else method.after_eviction(capacity)
         self._method = method if capacity is None else method.down_to(self._left)
         limit = None if capacity is None else capacity + self.spare
-        super().__init__(*method.gather(layer, kept), kept.int(), limit=limit)
+        super().__init__(*method.gather(layer, kept), layer.true_positions(kept).int(), limit=limit)
         place = layer.layer_index, layer.num_layers
-        self._as_layer = partial(
+        self._make_layer = partial(
             LayerContext, *place, inverse_frequencies=layer.inverse_frequencies, first_kv_head=layer.first_kv_head
         )
         self._recent = method.recent_queries
-        self._queries = layer.queries[:, max(0, layer.num_tokens - self._recent) :].clone()
+        self._queries = latest(layer.queries, self._recent)
 
     def read(self, query: Tensor) -> Reading:
         if self._recent:
-            self._queries = torch.cat([self._queries, query], 1)[:, -self._recent :].clone()
+            self._queries = latest(torch.cat([self._queries, query], 1), self._recent)
         return super().read(query)
 
     def observe(self, weights: Tensor | list[Tensor] | None) -> None:
         if self._capacity is not None and self._length > self._capacity:
-            layer = self._layer()
+            layer = self.as_layer()
             kept = self._method.select(layer)
             assert isinstance(kept, Tensor)
             self.keep(kept, None if self._method.merge is None else self._method.gather(layer, kept))
         super().observe(weights)
 
-    def _layer(self) -> LayerContext:
+    def as_layer(self) -> LayerContext:
         """What is stored, as a layer to score."""
-        return self._as_layer(self._queries, *self._entries(), listed_positions=self._all_positions())
+        return self._make_layer(self._queries, *self._entries(), listed_positions=self._all_positions())
+
+
+def latest(queries: Tensor, count: int) -> Tensor:
+    """The last queries [heads, count, head_dim], in a tensor of their own; all where there are fewer."""
+    return queries[:, max(0, queries.shape[1] - count) :].clone()
 
 
 class SlidingStore(BoundedStore):
@@ -75,7 +80,7 @@ class SlidingStore(BoundedStore):
         recent = max(self._left - new - sinks, 0)
         entry = torch.arange(self._length, device=self._listed.device)
         kept = torch.cat([entry[:sinks], entry[max(sinks, self._length - recent) :]]).expand(self._heads, -1)
-        self.keep(kept, None if self._method.merge is None else self._method.gather(self._layer(), kept))
+        self.keep(kept, None if self._method.merge is None else self._method.gather(self.as_layer(), kept))
 
 
 class TrackingStore(BoundedStore):
@@ -96,8 +101,8 @@ class TrackingStore(BoundedStore):
         self._state = self._tracking.track_step(state, grouped, self._all_positions())
         super().observe(weights)
 
-    def _layer(self) -> LayerContext:
-        layer = super()._layer()
+    def as_layer(self) -> LayerContext:
+        layer = super().as_layer()
         layer.shared(self._tracking.state_key(), lambda: self._state)
         return layer
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import Patch
 from .cache import SequenceCache
+from .chunks import by_chunks, finished
 from .clock import now
 from .kernels import PromptAttention
 from .method import Method
@@ -83,17 +84,22 @@ class Engine:
 
     @torch.no_grad()
     def prefill(
-        self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method], losses: bool = False
+        self, ids: SequenceOf[int] | Tensor, methods: SequenceOf[Method], losses: bool = False, chunk: int | None = None
     ) -> list[Sequence]:
         """One pass over the prompt's token ids; one sequence a method, in order.
 
         Methods that attend to the prompt in a way of their own take a pass each, equal ones together. With `losses` the
-        sequences have those of all tokens but the first, as attention to the prompt makes them.
+        sequences have those of all tokens but the first, as attention to the prompt makes them. A prompt of more tokens than
+        a `chunk` is read chunk by chunk, of which the first is shared; see `chunks`.
+
+        Raises `UserError` for a method that cannot take its prompt in chunks.
         """
         given = torch.as_tensor(ids)
         if given.dim() > 2 or (given.dim() == 2 and len(given) != 1) or not given.numel():
             raise ValueError(f"prefill takes one prompt of at least one token, not ids of shape {tuple(given.shape)}")
         prompt = given.flatten().tolist()
+        if chunk is not None and chunk < len(prompt):
+            return self._prefill_by_chunks(prompt, methods, chunk)
         caches = [SequenceCache(method) for method in methods]
         passes: dict[PromptAttention | None, list[SequenceCache]] = {}
         for cache in caches:
@@ -111,15 +117,36 @@ class Engine:
                     made[cache].losses += costs
         return [made[cache] for cache in caches]
 
+    def _prefill_by_chunks(self, prompt: list[int], methods: SequenceOf[Method], chunk: int) -> list[Sequence]:
+        sequences = self.prefill(prompt[:chunk], [by_chunks(method, len(prompt)) for method in methods])
+        for sequence, method in zip(sequences, methods, strict=True):
+            for start in range(chunk, len(prompt), chunk):
+                self.extend(sequence, prompt[start : start + chunk])
+            sequence.prompt_tokens, cache = len(prompt), sequence.cache
+            cache.method, seconds = method, sequence.decode_seconds
+            cache.stores, choosing = finished(cache.stores)
+            cache.compress_seconds += choosing
+            cache.own_seconds += choosing
+            sequence.prefill_seconds += seconds - choosing
+            sequence.decode_seconds = 0.0
+        return sequences
+
     @torch.no_grad()
-    def prefill_batch(self, prompts: SequenceOf[SequenceOf[int]], method: Method) -> list[Sequence]:
+    def prefill_batch(
+        self, prompts: SequenceOf[SequenceOf[int]], method: Method, chunk: int | None = None
+    ) -> list[Sequence]:
         """Several prompts of equally many token ids in one pass; one sequence a prompt, in order.
 
-        Each has the whole pass's `prefill_seconds`. Raises ValueError where lengths differ.
+        Each has the whole pass's `prefill_seconds`. Prompts longer than a `chunk` are read one after the other, as `prefill`
+        does. Raises ValueError where lengths differ.
         """
         lengths = {len(prompt) for prompt in prompts}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(f"a batch takes prompts of one length, one token or more, not of {sorted(lengths)}")
+        if chunk is not None and chunk < max(lengths):
+            sequences = [self.prefill(prompt, [method], chunk=chunk)[0] for prompt in prompts]
+            seconds = sum(each.prefill_seconds for each in sequences)
+            return [replace(each, prefill_seconds=seconds) for each in sequences]
         caches = [SequenceCache(method) for _ in prompts]
         started = now(self.device)
         hidden = self._forward([[cache] for cache in caches], [list(prompt) for prompt in prompts])

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .budget import BudgetAllocator, Share, Uniform
 from .context import LayerContext, Prompt
@@ -46,6 +47,11 @@ class Method(ABC):
     def finish(self, stores: list[Store], prompt: Prompt) -> list[Store]:
         """Called when the prompt has passed through all layers: their stores as they go into decoding, one a layer."""
         return stores
+
+    @property
+    def whole_prompt(self) -> str | None:
+        """Why it needs its prompt at once, in a few words for an error; None if chunks of it will do (`chunks`)."""
+        return "it looks at the whole prompt at once"
 
     @property
     def memory(self) -> Literal["physical", "nominal"]:
@@ -182,6 +188,14 @@ class EvictionMethod(StoringMethod):
         """
 
     @property
+    def whole_prompt(self) -> str | None:
+        return (
+            f"its merge, {self.merge.name}, is for the end of a prompt"
+            if self.merge and self.merge.prompt_only
+            else None
+        )
+
+    @property
     def recent_queries(self) -> int:
         """How many of the latest queries `score` looks at while decoding."""
         return 0
@@ -208,17 +222,21 @@ class EvictionMethod(StoringMethod):
         """The index of what to keep, ascending: [stored heads, count], or a list where heads keep different numbers."""
         assert isinstance(self.budget, int)
         tokens = torch.arange(layer.num_tokens, device=layer.keys.device)
-        if layer.num_tokens <= self.budget:
+        if layer.num_tokens + layer.evicted_before <= self.budget:
             return tokens.expand(self.stored_heads(layer), -1)
         first, last = self.protected()
         stop = layer.num_tokens - last
+        competing = self.shared_scores(layer)[:, first:stop]
+        if layer.evicted_before:  # what is gone counts as worth as little as anything
+            competing = pad(competing, (0, layer.evicted_before), value=float(competing.min()))
         counts = self.allocator.counts(
-            self.shared_scores(layer)[:, first:stop],
+            competing,
             budget=self.budget,
             protected=first + last,
             layer_index=layer.layer_index,
             num_layers=layer.num_layers,
         )
+        counts = [min(count, stop - first) for count in counts]
         chosen = self.choose(layer, counts)
         if isinstance(chosen, list) and len(set(counts)) == 1:
             chosen = torch.stack(chosen)
@@ -250,11 +268,13 @@ class EvictionMethod(StoringMethod):
             return HeadwiseStore([self.store(head, index[None]) for head, index in zip(heads, kept, strict=True)])
         if isinstance(kept, list):
             heads = layer.stored_heads(len(kept))
-            held = [self.gather(head, index[None]) for head, index in zip(heads, kept, strict=True)]
-            return RaggedStore([k[0] for k, _ in held], [v[0] for _, v in held], [index.int() for index in kept])
+            parts = [(head, index[None]) for head, index in zip(heads, kept, strict=True)]
+            held = [self.gather(*part) for part in parts]
+            positions = [head.true_positions(index)[0].int() for head, index in parts]
+            return RaggedStore([k[0] for k, _ in held], [v[0] for _, v in held], positions)
         if self.acts_while_decoding:
             return self.decoding_store(layer, kept)
-        return DenseStore(*self.gather(layer, kept), kept.int())
+        return DenseStore(*self.gather(layer, kept), layer.true_positions(kept).int())
 
     @property
     def acts_while_decoding(self) -> bool:
@@ -264,6 +284,14 @@ class EvictionMethod(StoringMethod):
     def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
         """A store that goes on evicting while decoding; kept is [stored heads, count]."""
         return BoundedStore(layer, kept, self)
+
+    def open_store(self, layer: LayerContext, kept: Tensor) -> BoundedStore:
+        """A store that holds what comes until it is told what to keep, and shows itself as a layer to score."""
+        return BoundedStore(layer, kept, self._for_prompts_alone())
+
+    def _for_prompts_alone(self) -> Self:
+        """This method as it is when nothing is evicted while decoding."""
+        return replace(self, decode_budget=None, decode_interval=self._usual_interval())
 
     def gather(self, layer: LayerContext, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [stored heads, count, head_dim] of the kept positions, with what others leave in them."""
@@ -303,8 +331,7 @@ class EvictionMethod(StoringMethod):
 
     def down_to(self, budget: int) -> Self:
         """The method as it chooses while decoding: so many entries in each head."""
-        usual = self._usual_interval()
-        return replace(self, budget=budget, allocator=Uniform(), decode_budget=None, decode_interval=usual)
+        return replace(self._for_prompts_alone(), budget=budget, allocator=Uniform())
 
     @classmethod
     def _usual_interval(cls) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from .context import LayerContext, reduce_groups
-from .decoding import TrackingStore
+from .decoding import BoundedStore, TrackingStore
 from .errors import at_least
 from .method import EvictionMethod
 from .stores import Store
@@ -84,6 +84,9 @@ class TrackingMethod(AttentionScoredMethod):
 
     def decoding_store(self, layer: LayerContext, kept: Tensor) -> Store:
         return TrackingStore(layer, kept, self)
+
+    def open_store(self, layer: LayerContext, kept: Tensor) -> BoundedStore:
+        return TrackingStore(layer, kept, self._for_prompts_alone())
 
     def grouped(self, layer: LayerContext, attention: Tensor) -> Tensor:
         """[query_heads, ...] -> [stored heads, group, ...]."""

@@ -60,11 +60,13 @@ class Sweep:
         rows_at_once: int = 64,
         bytes_at_once: float = 4 * 2**30,
         record_tokens: int = 0,
+        prefill_chunk: int | None = None,
     ) -> None:
         """`stop` are the model's own stop tokens.
 
         At most `rows_at_once` sequences decode together, and no example joins while their caches hold `bytes_at_once`;
         an example whose rows alone are more decodes alone. Of each prompt `record_tokens` are recorded (`recording`).
+        Prompts of more than `prefill_chunk` tokens are read in chunks (`chunks`).
         """
         self.engine = engine
         self.tokenizer = tokenizer
@@ -74,6 +76,7 @@ class Sweep:
         self.stop = frozenset(stop)
         self.rows_at_once = rows_at_once
         self.bytes_at_once = bytes_at_once
+        self.prefill_chunk = prefill_chunk
         self.recorder = Recorder(folder, tokenizer, record_tokens)
         self._following = {each.after: each for each in benchmark.examples() if each.after is not None}
         self._compressed: dict[Any, tuple[DecodedSequence, Footprint]] = {}
@@ -167,7 +170,7 @@ class Sweep:
         else:
             ids = self.benchmark.prompt_ids(example)
             self.recorder.prompt(example.id, ids, question)
-            sequences = self.engine.prefill(ids, [job.method for job in unread])
+            sequences = self.engine.prefill(ids, [job.method for job in unread], chunk=self.prefill_chunk)
             held |= {job.key: (each, self._footprint(each)) for job, each in zip(unread, sequences, strict=True)}
         self._asked = example.id
         if not more:

@@ -87,6 +87,10 @@ class DuoAttention(EvictionMethod):
                 f"at this budget, so it is {most} or less",
             )
 
+    @property
+    def whole_prompt(self) -> str | None:
+        return "retrieval heads keep the whole prompt"
+
     def least_budget(self) -> int:
         return self.sink_size + (self.recent_size or 1)
 

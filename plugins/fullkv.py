@@ -12,6 +12,10 @@ from kvfactory.hookspecs import RegisterMethod
 class FullKV(StoringMethod):
     """Keeps every key and value, as the stock model does."""
 
+    @property
+    def whole_prompt(self) -> str | None:
+        return "channels of keys are chosen when the prompt is over" if self.key_pruning else None
+
     def compress(self, layer: LayerContext) -> Store:
         return self.stored(DenseStore(layer.keys, layer.values), layer)
 

@@ -75,6 +75,10 @@ class KVzip(EvictionMethod):
     def protected(self) -> tuple[int, int]:
         return self.sink_size, self.recent_size
 
+    @property
+    def whole_prompt(self) -> str | None:
+        return "it reads the whole prompt again over the whole cache"
+
     def compress(self, layer: LayerContext) -> Store:
         return DenseStore(layer.keys, layer.values)
 

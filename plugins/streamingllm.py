@@ -48,6 +48,12 @@ class StreamingLLM(EvictionMethod):
     def score(self, layer: LayerContext) -> Tensor:
         return layer.positions.float().expand(self.stored_heads(layer), -1)
 
+    @property
+    def whole_prompt(self) -> str | None:
+        return (
+            "--cache_positions moves a prompt's sinks when it is over" if self.cache_positions else super().whole_prompt
+        )
+
     def down_to(self, budget: int) -> Self:
         return super(StreamingLLM, replace(self, recent_size=None)).down_to(budget)
 

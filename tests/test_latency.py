@@ -175,10 +175,10 @@ def watched(
     """The classes of methods in the order in which batches of them are prefilled; `before` may refuse one."""
     plain, order = Engine.prefill_batch, []
 
-    def prefill_batch(engine: Engine, prompts: Any, method: Any) -> Any:
+    def prefill_batch(engine: Engine, prompts: Any, method: Any, chunk: int | None) -> Any:
         order.append(type(method).__name__)
         before(method, order.count(order[-1]))
-        return plain(engine, prompts, method)
+        return plain(engine, prompts, method, chunk)
 
     monkeypatch.setattr(Engine, "prefill_batch", prefill_batch)
     return order

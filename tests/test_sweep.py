@@ -100,9 +100,9 @@ def test_questions_about_one_context_are_put_to_copies_of_one_compressed_cache(
     prefills: list[int] = []
     plain = Engine.prefill
 
-    def counted(engine: Engine, prompt: list[int], methods: Any) -> Any:
+    def counted(engine: Engine, prompt: list[int], methods: Any, chunk: int | None) -> Any:
         prefills.append(len(prompt))
-        return plain(engine, prompt, methods)
+        return plain(engine, prompt, methods, chunk=chunk)
 
     monkeypatch.setattr(Engine, "prefill", counted)
     forks = Mock(side_effect=DecodedSequence.fork)

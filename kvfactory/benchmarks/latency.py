@@ -123,8 +123,10 @@ class Run:
     """What was allocated or resident at most, in bytes."""
 
 
-def measure(engine: Engine, prompts: Sequence[Sequence[int]], method: Method, new_tokens: int) -> Run:
-    """Run prompts of one length as one batch to exactly `new_tokens` tokens each, 2 or more.
+def measure(
+    engine: Engine, prompts: Sequence[Sequence[int]], method: Method, new_tokens: int, chunk: int | None = None
+) -> Run:
+    """Run prompts of one length as one batch to exactly `new_tokens` tokens each, 2 or more, read in chunks if so told.
 
     The clock stands still while caches are counted, between the first token and the second.
     """
@@ -132,7 +134,7 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], method: Method, ne
     gpus = {each.device for each in engine.model.parameters() if each.device.type == "cuda"}
     before = _reset_peak(gpus)
     started = now(device)
-    sequences = engine.prefill_batch(prompts, method)
+    sequences = engine.prefill_batch(prompts, method, chunk)
     engine.decode(sequences, 1)
     first = now(device) - started
     size = batch_size_of(sequences, full_cache_bytes(engine.model, sequences[0].prompt_tokens))
@@ -245,7 +247,10 @@ class LatencySweep(Sweep):
         return runs
 
     def _run_once(self, prompts: list[list[int]], job: Job) -> Run | None:
-        return unless_out_of_memory(lambda: measure(self.engine, prompts, job.method, self.benchmark.new_tokens))
+        def run() -> Run:
+            return measure(self.engine, prompts, job.method, self.benchmark.new_tokens, self.prefill_chunk)
+
+        return unless_out_of_memory(run)
 
     def _row_of(self, example: Example, job: Job, runs: Sequence[Run | None]) -> Row:
         done = [run for run in runs if run is not None]
