@@ -19,8 +19,15 @@ from .clock import now
 from .context import LayerContext
 from .decoding import BoundedStore, latest
 from .errors import UserError
-from .method import EvictionMethod, Method
+from .eviction import EvictionMethod
+from .method import Method
 from .stores import Reading, Store
+
+
+def take_in_chunks(method: Method) -> None:
+    """Raises `UserError` for a method that needs its prompt at once."""
+    if reason := method.whole_prompt:
+        raise UserError(f"{type(method).__name__} does not go with --prefill_chunk: {reason}; leave one of them out")
 
 
 def by_chunks(method: Method, tokens: int) -> Method:
@@ -28,8 +35,7 @@ def by_chunks(method: Method, tokens: int) -> Method:
 
     One that evicts nothing is itself. Raises `UserError` for one that needs its prompt at once.
     """
-    if reason := method.whole_prompt:
-        raise UserError(f"{type(method).__name__} does not go with --prefill_chunk: {reason}; leave one of them out")
+    take_in_chunks(method)
     whole = method.for_prompt(tokens)
     return ByChunks(method=whole, tokens=tokens) if isinstance(whole, EvictionMethod) else whole
 

@@ -10,14 +10,16 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from .errors import Interrupted, UserError
 from .flag_types import BudgetType, CommaList, PositiveInt
-from .registry import Registry, get_registry
-from .settings import settings_of
+from .installed import get_registry
+
+if TYPE_CHECKING:
+    from .registry import Registry
 
 
 def run_command(make_command: Callable[[list[str]], click.Command], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -49,15 +51,22 @@ def _fail(message: str, code: int) -> NoReturn:
 def registry_for(arguments: Sequence[str]) -> Registry:
     """The registry, with the files that `--plugin` names: they are needed before flags can be known."""
     registry = get_registry()
-    values = [value for flag, value in pairwise(arguments) if flag == "--plugin"]
-    values += [each.split("=", 1)[1] for each in arguments if each.startswith("--plugin=")]
-    for path in dict.fromkeys(values):
+    for path in plugin_files(arguments):
         registry.add_file(path)
     return registry
 
 
+def plugin_files(arguments: Sequence[str]) -> list[str]:
+    """The files that `--plugin` names."""
+    values = [value for flag, value in pairwise(arguments) if flag == "--plugin"]
+    values += [each.split("=", 1)[1] for each in arguments if each.startswith("--plugin=")]
+    return list(dict.fromkeys(values))
+
+
 def method_options(registry: Registry) -> list[click.Option]:
     """A flag for every setting that some method or allocator has; the help names the owners and their defaults."""
+    from .settings import settings_of
+
     owners: dict[str, dict[str, Any]] = {}
     for name in registry.methods:
         for setting in registry.own_settings(name).values():
@@ -144,6 +153,12 @@ def sweep_options() -> list[click.Option]:
             default=4.0,
             show_default=True,
             help="No example joins a decode batch whose caches hold this much.",
+        ),
+        click.Option(
+            ["--prefill_chunk"],
+            type=PositiveInt(),
+            help="Read longer prompts in chunks of so many tokens and evict after each: memory does not grow with the prompt, "
+            "and results are not those of prompts that are read at once.",
         ),
         click.Option(
             ["--record_tokens"],

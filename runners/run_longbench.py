@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench, score
-from kvfactory.chat import check_window, max_prompt_tokens
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.report.tables import wide
-from kvfactory.results import Row
 from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvfactory.results import Row
 
 OPTIONS = [
     click.Option(
@@ -57,6 +57,9 @@ OPTIONS = [
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
+    from kvfactory.benchmarks.longbench import ENGLISH, LONGBENCH_E, LongBench
+    from kvfactory.chat import check_window, max_prompt_tokens
+
     wrap, chat = chat_template(tokenizer, flags)
     longest = flags["max_prompt_tokens"] or max_prompt_tokens(model.config)
     check_window(model.config, longest, "--max_prompt_tokens")
@@ -79,6 +82,8 @@ def make(
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
     """One line a method and budget, one column a dataset, as LongBench's users know it."""
+    from kvfactory.report.tables import wide
+
     path = folder / "scores.csv"
     wide(rows).to_csv(path, index=False)
     console.print(f"scores  {path}", soft_wrap=True)
@@ -86,6 +91,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    from kvfactory.benchmarks.longbench import score
+
     runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=("datasets",), score=score)
     register("longbench", runner)
 

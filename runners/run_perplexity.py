@@ -16,38 +16,27 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfactory.attention import family_of
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.haystack import Haystack, load_haystack
-from kvfactory.benchmarks.long_texts import first_ids
-from kvfactory.benchmarks.one_pass import acts_in_one_pass, attending
-from kvfactory.benchmarks.perplexity import (
-    PROTOCOLS,
-    Perplexity,
-    PrefillThenContinue,
-    Protocol,
-    TokenByToken,
-    choose_protocol,
-)
-from kvfactory.benchmarks.texts import TEXTS, load_texts
-from kvfactory.budget import Uniform
-from kvfactory.chat import check_window, context_window
 from kvfactory.errors import UserError, require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.jobs import Job
-from kvfactory.method import Method
-from kvfactory.registry import Registry, get_registry
-from kvfactory.report.tables import summarise
-from kvfactory.results import Row
+from kvfactory.installed import get_registry
 from kvfactory.runner import Runner, run_benchmark, sweep_jobs
-from kvfactory.sweep import Running, Sweep, full_cache_bytes, size_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvfactory.benchmarks.haystack import Haystack
+    from kvfactory.benchmarks.perplexity import Protocol
+    from kvfactory.jobs import Job
+    from kvfactory.method import Method
+    from kvfactory.registry import Registry
+    from kvfactory.results import Row
 
 SETTINGS = {
     "seqlen": "Tokens of a window.  disjoint, strided, leaky_single_pass [default: 2048]",
@@ -60,45 +49,43 @@ SETTINGS = {
 }
 """Flags of protocols, and what they mean."""
 
-OPTIONS = [
-    click.Option(
-        ["--protocol"],
-        type=click.Choice(list(PROTOCOLS)),
-        default=PrefillThenContinue.name,
-        show_default=True,
-        help="How the text is cut and read.",
-    ),
-    *(click.Option([f"--{name}"], type=PositiveInt(), help=meaning) for name, meaning in SETTINGS.items()),
-    click.Option(["--text"], help="A UTF-8 text file, or a folder of .txt files, in place of --texts."),
-    click.Option(
-        ["--texts"],
-        type=CommaList(click.STRING),
-        help=f"Texts that come with this package and with Python, separated by commas.  [default: {','.join(TEXTS)}]",
-    ),
-    click.Option(["--max_tokens"], type=PositiveInt(), help="Tokens of each text to use.  [default: all]"),
-]
 
+def options() -> list[click.Option]:
+    """Flags of its own."""
+    from kvfactory.benchmarks.perplexity import PROTOCOLS, PrefillThenContinue
+    from kvfactory.benchmarks.texts import TEXTS
 
-class PerplexitySweep(Sweep):
-    """Where there is no prompt, a row's size is that of the cache at its end."""
-
-    def _row(self, ended: Running) -> Row:
-        assert isinstance(self.benchmark, Perplexity)
-        if self.benchmark.protocol.evicts_on_the_way:
-            fed = ended.sequence.cache.seen
-            whole = replace(ended.sequence, prompt_tokens=fed)
-            size = size_of(whole, full_cache_bytes(self.engine.model, fed))
-            ended.footprint = replace(ended.footprint, size=size)
-        return super()._row(ended)
+    return [
+        click.Option(
+            ["--protocol"],
+            type=click.Choice(list(PROTOCOLS)),
+            default=PrefillThenContinue.name,
+            show_default=True,
+            help="How the text is cut and read.",
+        ),
+        *(click.Option([f"--{name}"], type=PositiveInt(), help=meaning) for name, meaning in SETTINGS.items()),
+        click.Option(["--text"], help="A UTF-8 text file, or a folder of .txt files, in place of --texts."),
+        click.Option(
+            ["--texts"],
+            type=CommaList(click.STRING),
+            help=f"Texts that come with this package and with Python, separated by commas.  [default: {','.join(TEXTS)}]",
+        ),
+        click.Option(["--max_tokens"], type=PositiveInt(), help="Tokens of each text to use.  [default: all]"),
+    ]
 
 
 def protocol_of(flags: dict[str, Any]) -> Protocol:
     """What the flags ask for; see `choose_protocol`."""
+    from kvfactory.benchmarks.perplexity import choose_protocol
+
     return choose_protocol(flags["protocol"], {name: flags[name] for name in SETTINGS})
 
 
 def jobs(registry: Registry, flags: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
     """What runs; raises `UserError` for methods that the protocol would never let act."""
+    from kvfactory.benchmarks.one_pass import acts_in_one_pass, attending
+    from kvfactory.benchmarks.perplexity import PrefillThenContinue, TokenByToken
+
     protocol, made = protocol_of(flags), sweep_jobs(registry, flags, settings)
     if protocol.evicts_on_the_way:
         shares = [str(job.budget) for job in made if isinstance(job.budget, str)]
@@ -135,12 +122,16 @@ def refuse(unfit: Sequence[Job], why: str) -> None:
 
 def goes_by_prompt(method: Method) -> bool:
     """Whether a part of the method acts when a prompt ends, and never again."""
+    from kvfactory.budget import Uniform
+
     uneven = getattr(method, "allocator", Uniform()) != Uniform()
     return uneven or getattr(method, "key_pruning", None) is not None
 
 
 def holding_to_budgets(registry: Registry, flags: dict[str, Any], settings: dict[str, Any]) -> list[Job]:
     """Jobs whose methods evict while decoding, down to their budget unless something else was asked for."""
+    from kvfactory.benchmarks.perplexity import PrefillThenContinue, TokenByToken
+
     setting = "decode_budget"
     if setting in settings or not any(setting in registry.own_settings(name_of(spec)) for spec in flags["method"]):
         return sweep_jobs(registry, flags, settings)
@@ -161,6 +152,9 @@ def name_of(spec: str) -> str:
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
+    from kvfactory.benchmarks.long_texts import first_ids
+    from kvfactory.benchmarks.perplexity import Perplexity
+
     protocol = protocol_of(flags)
     check_windows(protocol, model)
     texts = texts_of(flags)
@@ -173,6 +167,9 @@ def make(
 
 def texts_of(flags: dict[str, Any]) -> dict[str, Haystack]:
     """The texts by name."""
+    from kvfactory.benchmarks.haystack import load_haystack
+    from kvfactory.benchmarks.texts import TEXTS, load_texts
+
     if flags["text"] is None:
         return load_texts(flags["texts"] or TEXTS)
     require(flags["texts"] is None, "--text and --texts each say what is read; give one of them")
@@ -181,6 +178,9 @@ def texts_of(flags: dict[str, Any]) -> dict[str, Haystack]:
 
 def check_windows(protocol: Protocol, model: PreTrainedModel) -> None:
     """Say what should be known of windows of this length; raises `UserError` for those that the model cannot read so."""
+    from kvfactory.attention import family_of
+    from kvfactory.chat import check_window, context_window
+
     notices = [protocol.notice] if protocol.notice else []
     window = context_window(model.config)
     if protocol.evicts_on_the_way and window and protocol.size > window:
@@ -201,6 +201,8 @@ def check_windows(protocol: Protocol, model: PreTrainedModel) -> None:
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
     """perplexity.csv: a line for each text, method and budget, and what the protocol was."""
+    from kvfactory.report.tables import summarise
+
     path = folder / "perplexity.csv"
     figures = ["perplexity", "nll", "scored_tokens"]
     frame = summarise(rows)[["group", "method", "budget", *figures, "examples"]]
@@ -213,9 +215,11 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    from kvfactory.benchmarks.perplexity import PerplexitySweep
+
     runner = Runner(
         help=__doc__ or "",
-        options=OPTIONS,
+        options=options(),
         make=make,
         finish=finish,
         grows=("windows",),

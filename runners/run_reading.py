@@ -8,50 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.reading import KINDS, PLACEMENTS, Reading, read_passages, score
-from kvfactory.chat import check_window
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.report.tables import by_fields
-from kvfactory.report.terminal import plain_table
-from kvfactory.results import Row
 from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
 
-OPTIONS = [
-    click.Option(
-        ["--passages"],
-        type=click.Path(path_type=Path),
-        help="JSON with passages and questions.  [default: the twelve that come along]",
-    ),
-    click.Option(
-        ["--placements"],
-        type=CommaList(click.STRING),
-        default=",".join(PLACEMENTS),
-        show_default=True,
-        help="Where the question stands, separated by commas.",
-    ),
-    click.Option(
-        ["--kinds"],
-        type=CommaList(click.STRING),
-        default=",".join(kind.replace(" ", "_") for kind in KINDS),
-        show_default=True,
-        help="Kinds of questions, separated by commas.",
-    ),
-    click.Option(["--max_num_examples"], type=PositiveInt(), help="Passages.  [default: all]"),
-    CHAT_TEMPLATE,
-]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvfactory.results import Row
+
+
+def options() -> list[click.Option]:
+    """Flags of its own."""
+    from kvfactory.benchmarks.reading import KINDS, PLACEMENTS
+
+    return [
+        click.Option(
+            ["--passages"],
+            type=click.Path(path_type=Path),
+            help="JSON with passages and questions.  [default: the twelve that come along]",
+        ),
+        click.Option(
+            ["--placements"],
+            type=CommaList(click.STRING),
+            default=",".join(PLACEMENTS),
+            show_default=True,
+            help="Where the question stands, separated by commas.",
+        ),
+        click.Option(
+            ["--kinds"],
+            type=CommaList(click.STRING),
+            default=",".join(kind.replace(" ", "_") for kind in KINDS),
+            show_default=True,
+            help="Kinds of questions, separated by commas.",
+        ),
+        click.Option(["--max_num_examples"], type=PositiveInt(), help="Passages.  [default: all]"),
+        CHAT_TEMPLATE,
+    ]
 
 
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
+    from kvfactory.benchmarks.reading import Reading, read_passages
+    from kvfactory.chat import check_window
+
     wrap, chat = chat_template(tokenizer, flags)
     benchmark = Reading(
         tokenizer,
@@ -70,6 +77,10 @@ def make(
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
     """reading.csv, and the same as a table."""
+    from kvfactory.benchmarks.reading import KINDS
+    from kvfactory.report.tables import by_fields
+    from kvfactory.report.terminal import plain_table
+
     path = folder / "reading.csv"
     frame = by_fields(rows, "placement", "kind", KINDS)
     frame.to_csv(path, index=False)
@@ -79,8 +90,10 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    from kvfactory.benchmarks.reading import score
+
     grows = ("placements", "kinds", "max_num_examples")
-    runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows, score=score)
+    runner = Runner(help=__doc__ or "", options=options(), make=make, finish=finish, grows=grows, score=score)
     register("reading", runner)
 
 

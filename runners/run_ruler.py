@@ -11,26 +11,23 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-import pandas as pd
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfactory.benchmarks import Benchmark
-from kvfactory.benchmarks.ruler import GeneratedRuler, Sources, score
-from kvfactory.benchmarks.ruler_files import ReadyMade
-from kvfactory.chat import chat_ids, context_window
 from kvfactory.errors import require
 from kvfactory.flag_types import CommaList, PositiveInt
 from kvfactory.folder_format import budget_name
 from kvfactory.hookspecs import RegisterBenchmark, hookimpl
-from kvfactory.metrics import RULER_TASKS, postprocess_pred
-from kvfactory.report.tables import by_fields
-from kvfactory.report.terminal import plain_table
-from kvfactory.results import Row
 from kvfactory.runner import CHAT_TEMPLATE, Runner, chat_template, run_benchmark
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvfactory.results import Row
 
 LENGTH = 1024
 """Tokens; what a model for trying out and a CPU can do."""
@@ -75,6 +72,11 @@ OPTIONS = [
 def make(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]
 ) -> tuple[Benchmark, dict[str, Any]]:
+    from kvfactory.benchmarks.ruler import GeneratedRuler, Sources
+    from kvfactory.benchmarks.ruler_files import ReadyMade
+    from kvfactory.chat import chat_ids, context_window
+    from kvfactory.metrics import RULER_TASKS
+
     wrap, chat = chat_template(tokenizer, flags)
     common: dict[str, Any] = {
         "samples": flags["samples"],
@@ -100,6 +102,9 @@ def make(
 
 def scores(rows: Sequence[Row]) -> pd.DataFrame:
     """One line per method, budget and length: a column for each task, their plain `average`, and the empty predictions."""
+    from kvfactory.metrics import RULER_TASKS, postprocess_pred
+    from kvfactory.report.tables import by_fields
+
     named = [{**row, "length": row["context_length"]} for row in rows]
     frame = by_fields(named, "length", "task", RULER_TASKS)
     empty = Counter(
@@ -111,6 +116,8 @@ def scores(rows: Sequence[Row]) -> pd.DataFrame:
 
 def finish(rows: list[Row], folder: Path, console: Console) -> None:
     """ruler.csv, and the averages over tasks with a column for each length."""
+    from kvfactory.report.terminal import plain_table
+
     path = folder / "ruler.csv"
     frame = scores(rows)
     frame.to_csv(path, index=False)
@@ -121,6 +128,8 @@ def finish(rows: list[Row], folder: Path, console: Console) -> None:
 
 @hookimpl
 def kvfactory_register_benchmarks(register: RegisterBenchmark) -> None:
+    from kvfactory.benchmarks.ruler import score
+
     grows = ("tasks", "lengths", "samples")
     runner = Runner(help=__doc__ or "", options=OPTIONS, make=make, finish=finish, grows=grows, score=score)
     register("ruler", runner)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from kvfactory.cli import plugin_option
-from kvfactory.foreign import read_results
-from kvfactory.registry import Registry
-from kvfactory.report.terminal import plain_table, print_table, wide_console
-from kvfactory.rescoring import changes, check_output, in_table_order, rescored, save
-from kvfactory.results import CSV, ROWS
+
+if TYPE_CHECKING:
+    from kvfactory.registry import Registry
 
 HELP = """Score stored predictions anew, without their model: those of a run, of KVCache-Factory, or of LongBench.
 
@@ -22,17 +21,24 @@ tools' folders the scores are shown, and --output makes a run folder of them.
 """
 
 
-def score_command(registry: Registry) -> click.Command:
-    """`score`, over the benchmarks of the registry."""
+def score_command(registry: Callable[[], Registry]) -> click.Command:
+    """`score`, over the benchmarks of a registry that is made when it is needed."""
 
     def score(folder: Path, output: Path | None, longbench_e: bool, dry_run: bool) -> None:
+        from rich.console import Console
+
+        from kvfactory.foreign import read_results
+        from kvfactory.report.terminal import plain_table, print_table, wide_console
+        from kvfactory.rescoring import changes, check_output, in_table_order, rescored, save
+        from kvfactory.results import CSV, ROWS
+
         console = wide_console()
         is_run = (folder / ROWS).is_file()
         with Console(stderr=True).status(f"scoring {folder}"):
             run = read_results(folder, longbench_e=longbench_e)
             if output:
                 check_output(run, output)
-            rows = rescored(run.rows, registry) if is_run else run.rows
+            rows = rescored(run.rows, registry()) if is_run else run.rows
         before, now = (in_table_order(each, folder / CSV) for each in (run.rows, rows))
         print_table(now, console)
         if is_run:
@@ -44,7 +50,7 @@ def score_command(registry: Registry) -> click.Command:
             console.print("nothing is written (--dry_run)")
         elif is_run or output:
             arguments = {"output": output, "longbench_e": longbench_e, "command": sys.argv}
-            save(run, rows, registry=registry, output=output, arguments=arguments, console=console)
+            save(run, rows, registry=registry(), output=output, arguments=arguments, console=console)
 
     return click.Command(
         "score",

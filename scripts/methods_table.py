@@ -25,10 +25,10 @@ from rich.progress import track
 from kvfactory import Engine, UserError, load_model
 from kvfactory.benchmarks.haystack import load_haystack
 from kvfactory.cli import run_command
+from kvfactory.eviction import EvictionMethod
 from kvfactory.flag_types import CommaList
 from kvfactory.folder_format import budget_name
 from kvfactory.jobs import Job, make_jobs
-from kvfactory.method import EvictionMethod
 from kvfactory.registry import Registry, get_registry
 from kvfactory.report.methods import facts, markdown, settings_text
 from kvfactory.results import Row, load_rows

@@ -10,7 +10,8 @@ import torch
 from calibrations import tiny_weights
 
 from kvfactory import Engine, UserError
-from kvfactory.method import EvictionMethod, Method
+from kvfactory.eviction import EvictionMethod
+from kvfactory.method import Method
 from kvfactory.registry import get_registry
 from kvfactory.testing import tiny_model, tiny_prompts
 

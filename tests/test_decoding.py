@@ -9,8 +9,8 @@ from torch.nn.functional import max_pool1d
 
 from kvfactory import Engine, UserError, load_method
 from kvfactory.engine import DecodeRow
+from kvfactory.eviction import EvictionMethod
 from kvfactory.indexing import entries
-from kvfactory.method import EvictionMethod
 from kvfactory.registry import get_registry
 from kvfactory.testing import compress_layer, tiny_model, tiny_prompts
 

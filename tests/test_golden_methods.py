@@ -14,7 +14,7 @@ from torch import Tensor
 from kvfactory import Engine, load_method
 from kvfactory.budget import HeadAdaptive, Pyramid
 from kvfactory.context import LayerContext
-from kvfactory.method import EvictionMethod
+from kvfactory.eviction import EvictionMethod
 from kvfactory.testing import compress_layer, reference_attention
 
 

@@ -46,6 +46,8 @@ class Environment:
     def run(self, command: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run one of its commands outside the sources; `path` is a folder of more packages."""
         variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(path or "")}
+        if command == "kvfactory":  # its lists are kept in the cache, and the user's is none of ours
+            variables["KVFACTORY_CACHE"] = str(self.folder / "cache")
         line = [str(self.scripts / command), *arguments]
         return subprocess.run(line, cwd=self.folder, env=variables, capture_output=True, text=True, timeout=300)
 

@@ -16,7 +16,7 @@ from entry_points import exit_code
 from hypothesis import given
 from hypothesis import strategies as st
 from kvfactory_runners import run_perplexity
-from kvfactory_runners.run_perplexity import PerplexitySweep, check_windows
+from kvfactory_runners.run_perplexity import check_windows
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,6 +29,7 @@ from kvfactory.benchmarks.perplexity import (
     Disjoint,
     LeakySinglePass,
     Perplexity,
+    PerplexitySweep,
     PrefillThenContinue,
     Protocol,
     Strided,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, RaggedStore, Reading, Store, pool
+from kvfactory import DenseStore, EvictionMethod, LayerContext, Method, Reading, Store, pool
 from kvfactory.buffers import PlainBuffer
 from kvfactory.testing import (
     TINY_CONFIGS,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ import numpy as np
 from kvfactory.benchmarks import Benchmark, Example
 from kvfactory.benchmarks.one_pass import MaskBy
 from kvfactory.errors import at_least, require, unknown
+from kvfactory.results import Row
+from kvfactory.sweep import Running, Sweep, full_cache_bytes, size_of
 
 
 @dataclass(frozen=True)
@@ -239,3 +241,16 @@ class Perplexity(Benchmark):
     def _window(self, example: Example) -> tuple[list[int], Window]:
         text, window = self._windows[example.id]
         return list(self._texts[text][window.begin : window.end]), window
+
+
+class PerplexitySweep(Sweep):
+    """Where there is no prompt, a row's size is that of the cache at its end."""
+
+    def _row(self, ended: Running) -> Row:
+        assert isinstance(self.benchmark, Perplexity)
+        if self.benchmark.protocol.evicts_on_the_way:
+            fed = ended.sequence.cache.seen
+            whole = replace(ended.sequence, prompt_tokens=fed)
+            size = size_of(whole, full_cache_bytes(self.engine.model, fed))
+            ended.footprint = replace(ended.footprint, size=size)
+        return super()._row(ended)

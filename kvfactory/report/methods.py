@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kvfactory.errors import UserError
-from kvfactory.method import EvictionMethod
+from kvfactory.eviction import EvictionMethod
 from kvfactory.registry import Registry
 from kvfactory.settings import Setting
 
