@@ -186,10 +186,7 @@ class LayerContext:
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at index [heads, count], each [heads, count, head_dim]; heads is kv_heads or query_heads."""
-        if len(index) == self.kv_heads:
-            return entries(self.keys, index), entries(self.values, index)
-        source = torch.arange(len(index), device=index.device)[:, None] // (len(index) // self.kv_heads)
-        return self.keys[source, index], self.values[source, index]
+        return entries(self.keys, index), entries(self.values, index)
 
 
 @dataclass(eq=False)

@@ -7,12 +7,18 @@ from torch import Tensor
 
 
 def entries(x: Tensor, index: Tensor) -> Tensor:
-    """The entries of x [heads, tokens, ...] at index [heads, count]: a new tensor [heads, count, ...]."""
+    """The entries of x [heads, tokens, ...] at index [rows, count]: a new tensor [rows, count, ...].
+
+    There are as many rows as heads, or several for each head.
+    """
     heads, tokens = x.shape[:2]
-    if x.is_contiguous():  # rows of a flat tensor are copied whole, many times faster than element by element
-        offsets = tokens * torch.arange(heads, device=index.device)[:, None]
-        return x.flatten(0, 1).index_select(0, (index + offsets).flatten()).unflatten(0, index.shape)
-    return x[torch.arange(heads, device=index.device)[:, None], index]
+    head = torch.arange(len(index), device=index.device)[:, None] // max(len(index) // heads, 1)
+    apart, step = x.stride()[:2]
+    if step and apart % step == 0:  # rows of a flat tensor are copied whole, many times faster than element by element
+        apart //= step
+        flat = x.as_strided((apart * (heads - 1) + tokens, *x.shape[2:]), (step, *x.stride()[2:]))
+        return flat.index_select(0, (index + apart * head).flatten()).unflatten(0, index.shape)
+    return x[head, index]
 
 
 def largest(x: Tensor, count: int) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kvfactory import LayerContext, Reading, Store, at_least, hookimpl
 from kvfactory.hookspecs import RegisterMethod, RegisterRetrieval
+from kvfactory.indexing import entries
 from kvfactory.storage import Retrieval
 
 from .fullkv import FullKV
@@ -84,24 +85,42 @@ class Pages(NamedTuple):
         least, most = torch.cat([before.least[:, :full], least], 1), torch.cat([before.most[:, :full], most], 1)
         return cls(least, most, keys.shape[1])
 
+    @classmethod
+    def joined(cls, heads: Sequence[Pages]) -> Pages:
+        """Those of heads with equally many entries, as one."""
+        return cls(torch.cat([each.least for each in heads]), torch.cat([each.most for each in heads]), heads[0].length)
+
+    def entries(self, chosen: Tensor | None, page_size: int, query_heads: int) -> Tensor | list[Tensor]:
+        """The entries of chosen pages [query_heads, count], ascending; of all where none are named.
+
+        [query_heads, entries], or a list of [entries] where only some read a last page that is short.
+        """
+        if chosen is None:
+            return torch.arange(self.length, device=self.least.device).expand(query_heads, -1)
+        at = (chosen[..., None] * page_size + torch.arange(page_size, device=chosen.device)).flatten(1)
+        missing = -self.length % page_size
+        reads_last = chosen[:, -1] == self.least.shape[1] - 1
+        if not missing or not reads_last.any():
+            return at
+        return at[:, :-missing] if reads_last.all() else [each[each < self.length] for each in at]
+
 
 class PagedStore(Store):
-    """A store that is read by pages; what it keeps and evicts is the other store's business."""
+    """A store that is read by pages; what it keeps and evicts is the other store's business.
+
+    Heads with equally many entries are one piece of a reading, and have their pages together.
+    """
 
     def __init__(self, store: Store, quest: Quest) -> None:
         self.observes = store.observes
         self._store, self._quest = store, quest
-        self._pages: list[Pages] = []  # one for each piece of a reading; none if entries were evicted since
-        self._read: list[Tensor] | None = None  # entries that each query head reads in this step; None: all
+        heads = store.keys()
+        pages = [Pages.of(each[None], quest.page_size) for each in heads]
+        ragged = len({each.length for each in pages}) > 1
+        self._pages = pages if ragged else [Pages.joined(pages)]  # by pieces; none if entries were evicted since
+        self._read: Tensor | list[Tensor] | None = None  # entries that each query head reads in this step; None: all
         self._read_lengths: list[int] | None = None  # how many they were in the latest
-        self._is_ragged = False
-        self._note(store.keys())
-
-    def _note(self, keys: list[Tensor]) -> None:
-        """Bring bounds up to date, head by head: keys are [length, head_dim] each."""
-        before: Sequence[Pages | None] = self._pages or [None] * len(keys)
-        pages = [Pages.of(each[None], self._quest.page_size, old) for each, old in zip(keys, before, strict=True)]
-        self._pages = pages
+        self._is_ragged = ragged
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         grown = [length + keys.shape[1] for length in self._store.lengths()]
@@ -111,61 +130,65 @@ class PagedStore(Store):
 
     def read(self, query: Tensor) -> Reading:
         whole = self._store.read(query)
-        keys, values = (list(each) for each in (whole.keys, whole.values))
-        self._note(keys)
+        pieces = whole.pieces(query)
         self._is_ragged = isinstance(whole.keys, list)
-        group = len(query) // len(keys)
-        self._read = None if query.shape[1] > 1 else self._choose(query[:, 0].split(group))
-        self._read_lengths = None if self._read is None else [len(each) for each in self._read]
-        if self._read is None:
+        before: Sequence[Pages | None] = self._pages if len(self._pages) == len(pieces) else [None] * len(pieces)
+        self._pages = [
+            Pages.of(keys, self._quest.page_size, old) for (_, keys, _), old in zip(pieces, before, strict=True)
+        ]
+        self._read = index = None if query.shape[1] > 1 else self._choose([part[:, 0] for part, _, _ in pieces])
+        self._read_lengths = None if index is None else [len(each) for each in index]
+        if index is None:
             return whole
-        index = self._read
+        if isinstance(index, Tensor):
+            ((_, held, also),) = pieces
+            rows = whole.positions_by_piece
+            return Reading(
+                entries(held, index), entries(also, index), lambda: entries(rows()[0].expand(len(held), -1), index)
+            )
 
-        def positions() -> list[Tensor]:
-            listed = whole.positions()
-            rows = list(listed) if len(listed) == len(keys) else [listed[0]] * len(keys)
-            return [rows[head // group][each] for head, each in enumerate(index)]
+        def by_head(sides: list[Tensor]) -> list[Tensor]:
+            """What each query head reads of sides [heads or 1, length, ...], one a piece."""
+            rows = [
+                side.expand(len(keys), *side.shape[1:])[head * len(keys) // len(part)]
+                for side, (part, keys, _) in zip(sides, pieces, strict=True)
+                for head in range(len(part))
+            ]
+            return [row[each] for row, each in zip(rows, index, strict=True)]
 
-        picked = [(keys[head // group][each], values[head // group][each]) for head, each in enumerate(index)]
-        return Reading([key for key, _ in picked], [value for _, value in picked], positions)
+        keys, values = by_head([each for _, each, _ in pieces]), by_head([each for _, _, each in pieces])
+        return Reading(keys, values, lambda: by_head(whole.positions_by_piece()))
 
-    def _choose(self, queries: tuple[Tensor, ...]) -> list[Tensor] | None:
-        """Entries that each query head reads, ascending, of queries [group, head_dim] a stored head; None: all."""
+    def _choose(self, queries: list[Tensor]) -> Tensor | list[Tensor] | None:
+        """Entries that each query head reads, ascending, of queries [query_heads, head_dim] a piece; None: all."""
         chosen = [self._quest.choose(query, pages) for query, pages in zip(queries, self._pages, strict=True)]
         if all(each is None for each in chosen):
             return None
-        return [
-            self._entries(head, pages.length)
-            for heads, pages, query in zip(chosen, self._pages, queries, strict=True)
-            for head in (heads if heads is not None else [None] * len(query))
-        ]
-
-    def _entries(self, pages: Tensor | None, length: int) -> Tensor:
-        """The entries of pages [count], ascending; of all where there are none named."""
-        device = self._pages[0].least.device
-        if pages is None:
-            return torch.arange(length, device=device)
-        size = self._quest.page_size
-        at = (pages[:, None] * size + torch.arange(size, device=device)).flatten()
-        return at[at < length]
+        parts = zip(chosen, self._pages, queries, strict=True)
+        index = [pages.entries(each, self._quest.page_size, len(query)) for each, pages, query in parts]
+        return index[0] if len(index) == 1 else [row for part in index for row in part]
 
     def observe(self, weights: Tensor | list[Tensor] | None) -> None:
         held = self._store.lengths()
-        self._store.observe(weights if weights is None or self._read is None else self._over_all(list(weights)))
+        self._store.observe(weights if weights is None or self._read is None else self._over_all(weights))
         self._read = None
         if self._store.lengths() != held:
             self._pages = []
 
-    def _over_all(self, weights: list[Tensor]) -> Tensor | list[Tensor]:
+    def _over_all(self, weights: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Weights over what each query head read, [1, 1, read], as weights over all there is, 0 elsewhere."""
         assert self._read is not None
-        group, lengths = len(weights) // len(self._pages), [pages.length for pages in self._pages]
-        spread = [
-            each.new_zeros(1, 1, lengths[head // group]).index_copy_(2, index, each)
-            for head, (each, index) in enumerate(zip(weights, self._read, strict=True))
+        lengths = [
+            length for length in self._store.lengths() for _ in range(len(self._read) // len(self._store.lengths()))
         ]
-        heads = [torch.cat(spread[start : start + group]) for start in range(0, len(spread), group)]
-        return heads if self._is_ragged else torch.cat(heads)
+        spread = [
+            each.new_zeros(1, 1, length).index_copy_(2, index, each.view(1, 1, -1))
+            for each, index, length in zip(weights, self._read, lengths, strict=True)
+        ]
+        if not self._is_ragged:
+            return torch.cat(spread)
+        group = len(spread) // len(self._pages)
+        return [torch.cat(spread[start : start + group]) for start in range(0, len(spread), group)]
 
     def read_lengths(self) -> list[int]:
         return self._read_lengths or self.lengths()
@@ -206,8 +229,12 @@ def page_bounds(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
 
     [heads, pages, head_dim] each; the last page may be short.
     """
-    pages = keys.split(page_size, 1)
-    return torch.stack([page.amin(1) for page in pages], 1), torch.stack([page.amax(1) for page in pages], 1)
+    full = keys.shape[1] - keys.shape[1] % page_size
+    pages, short = keys[:, :full].unflatten(1, (-1, page_size)), keys[:, full:]
+    least, most = pages.amin(2), pages.amax(2)
+    if not short.shape[1]:
+        return least, most
+    return torch.cat([least, short.amin(1, keepdim=True)], 1), torch.cat([most, short.amax(1, keepdim=True)], 1)
 
 
 def page_scores(query: Tensor, least: Tensor, most: Tensor) -> Tensor:
