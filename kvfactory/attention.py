@@ -137,6 +137,14 @@ def attention_forward(
     return module.o_proj(output), None, cache
 
 
+def causal_mask(
+    stock: Callable[..., Tensor | None], mask: Any, inputs: Any, cache_position: Any, cache: Any, *rest: Any
+) -> Any:
+    """The base model's mask of queries by all tokens seen, but for passes in which stores say what a query may see."""
+    later = isinstance(cache, CompressedCache) and not cache.is_empty
+    return None if later else stock(mask, inputs, cache_position, cache, *rest)
+
+
 def family_of(model: PreTrainedModel, families: dict[str, Family]) -> Family:
     """The family of the model, by its `model_type`.
 
@@ -191,6 +199,10 @@ class Patch:
             return self
         for layer in self.model.model.layers:
             self._patch(layer.self_attn)
+        base = self.model.model
+        if make_mask := getattr(base, "_update_causal_mask", None):
+            base._update_causal_mask = partial(causal_mask, make_mask)
+            self._undo.append(partial(delattr, base, "_update_causal_mask"))
         hooks = (
             self.model.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.model.register_forward_hook(self._after, with_kwargs=True),
@@ -212,9 +224,7 @@ class Patch:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CompressedCache):
             cache.begin(kwargs.get("attention_mask"), prompt_of(args, kwargs).shape[1])
-            if (
-                not cache.is_empty
-            ):  # its width is that of the full cache; what a stored token may be seen by, stores know
+            if not cache.is_empty:  # stores know what a stored token may be seen by
                 kwargs["attention_mask"] = None
         return args, kwargs
 
