@@ -52,12 +52,13 @@ class Run:
 class RunFolder:
     """One run's folder, held by one process at a time; use it in a `with`, which hands it back.
 
-    `rows` are the rows as a reader of the file gets them, `done` their keys, `notice` a line for the user or None.
+    `done` are the keys of its rows, `notice` a line for the user or None. While rows are appended it holds keys
+    alone, so that a long run needs hardly more memory than a short one.
     """
 
     def __init__(self, path: Path, rows: list[Row], notice: str | None, file: BinaryIO, held: ExitStack) -> None:
         self.path = path
-        self.rows = rows
+        self._rows: list[Row] | None = rows
         self.done = {key_of(row) for row in rows}
         self.notice = notice
         self._file = file
@@ -98,16 +99,23 @@ class RunFolder:
                 notices.append(f"{folder}: resumed in another environment: {changed}")
             return cls(folder, rows, "; ".join(notices) or None, file, held.pop_all())
 
+    @property
+    def rows(self) -> list[Row]:
+        """The rows as a reader of the file gets them; it is read again if one was appended since the last time."""
+        if self._rows is None:
+            self._rows, _ = _read(self.path / ROWS)
+        return self._rows
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and write it out at once; ValueError where its key is here already."""
         line = json.dumps(row)  # ASCII: newlines, U+2028 and lone surrogates of a prediction are all escaped
-        kept = json.loads(line)
-        if key_of(kept) in self.done:
-            raise ValueError(f"{self.path / ROWS}: a second row for {key_of(kept)}")
+        key = key_of(row)
+        if key in self.done:
+            raise ValueError(f"{self.path / ROWS}: a second row for {key}")
         self._file.write(line.encode() + b"\n")
         self._file.flush()
-        self.rows.append(kept)
-        self.done.add(key_of(kept))
+        self._rows = None
+        self.done.add(key)
 
     def note(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to the file `name` of the folder: what is good to know of a row and not needed to go on."""
@@ -123,7 +131,7 @@ class RunFolder:
         self._file.close()
         _replace(self.path / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self._held.enter_context((self.path / ROWS).open("ab"))
-        self.rows = [*rows]
+        self._rows = [*rows]
         self.done = {key_of(row) for row in rows}
 
     def write_csv(self, rows: Sequence[Row] | None = None) -> Path:

@@ -81,7 +81,7 @@ def run_sweep(name: str, runner: Runner, flags: dict[str, Any], settings: dict[s
 
 def _run_with_progress(sweep: Sweep, name: str, quiet: bool) -> None:
     console, folder = Console(stderr=True), sweep.folder
-    missing, total, already = sweep.missing(), sweep.count_missing(), len(folder.rows)
+    missing, total, already = sweep.missing(), sweep.count_missing(), len(folder.done)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > models.default_threads():
         print(
             "notice: other programs use the processors, so this takes longer and times are not comparable",
@@ -98,7 +98,7 @@ def _run_with_progress(sweep: Sweep, name: str, quiet: bool) -> None:
             sweep.run(progress)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted: {len(folder.rows)} of {already + total} rows are in {folder.path}; "
+            f"interrupted: {len(folder.done)} of {already + total} rows are in {folder.path}; "
             "the same command goes on from there"
         ) from None
 

@@ -10,8 +10,10 @@ import random
 import signal
 import subprocess
 import time
+import tracemalloc
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvfactory import results
 from kvfactory.environment import environment
 from kvfactory.errors import UserError
 from kvfactory.results import RunFolder, load_rows
@@ -91,6 +94,40 @@ def test_whatever_a_row_says_it_comes_back(tmp_path_factory, rows):
     with reopen(path) as folder:
         assert load_rows(path) == folder.rows == expected
         assert folder.notice is None
+
+
+def test_a_folder_holds_the_keys_of_its_rows_and_nothing_else_of_them(tmp_path):
+    """Or a long run would need more memory the longer it gets."""
+    rows = [make_row(f"hotpotqa/{number}") for number in range(1000)]
+    with reopen(tmp_path) as folder:
+        tracemalloc.start()
+        try:
+            for row in rows:
+                folder.append(row | {"prediction": "x" * 2000})
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held / len(rows) < 400, "a key is a tuple of 64 bytes, and a place in a set"
+        assert [row["example_id"] for row in folder.rows] == [row["example_id"] for row in rows]
+
+
+def test_rows_are_written_behind_those_that_are_there_and_read_once_at_the_end(tmp_path, monkeypatch):
+    read = Mock(side_effect=results._read)
+    monkeypatch.setattr(results, "_read", read)
+    with reopen(tmp_path) as folder:
+        file = (tmp_path / "rows.jsonl").stat().st_ino
+        for number in range(5):
+            written = (tmp_path / "rows.jsonl").read_bytes()
+            folder.append(make_row(f"{number}"))
+            now = (tmp_path / "rows.jsonl").read_bytes()
+            assert now.startswith(written) and now.count(b"\n") == number + 1
+        assert read.call_count == 0 and (tmp_path / "rows.jsonl").stat().st_ino == file
+        assert len(folder.rows) == 5 == folder.write_csv().read_text().count("snapkv") * 5
+        assert folder.rows is folder.rows and read.call_count == 1
+    with reopen(tmp_path) as folder:
+        assert len(folder.rows) == len(folder.done) == 5 and read.call_count == 2, "what was read to resume"
+        folder.append(make_row("5"))
+        assert [row["example_id"] for row in folder.rows] == list("012345") and read.call_count == 3
 
 
 # -- killed runs -----------------------------------------------------------------------------------------------------

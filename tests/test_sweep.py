@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from kvfactory import Engine
 from kvfactory.benchmarks import Benchmark, Example
+from kvfactory.cache import SequenceCache
 from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.registry import get_registry
@@ -196,3 +199,42 @@ def test_text_in_one_pass_costs_what_the_stock_model_says(model: Any, tmp_path: 
         expected = stock_losses(model, text if name == "a" else [9, 10])
         torch.testing.assert_close(torch.tensor(row["losses"]), expected)
         assert row["prompt_tokens"] == len(expected) + 1 and row["new_tokens"] == 0
+
+
+def made_since(before: set[int]) -> list[Any]:
+    """Caches and tensors that are there and were not before, by id."""
+    kinds = (torch.Tensor, SequenceCache)
+    return [each for each in gc.get_objects() if issubclass(type(each), kinds) and id(each) not in before]
+
+
+@pytest.mark.parametrize("golden", [False, True])
+def test_what_a_row_held_is_let_go_with_it(model: Any, jobs: list[Job], tmp_path: Path, golden: bool) -> None:
+    """By counting references: a cache in a cycle would stay until the garbage collector comes by."""
+    asked = [example(f"{one}", context=f"{one // 2}", max_new_tokens=2 + 3 * (one % 3)) for one in range(12)]
+    asked += [example(f"{one} more", after=f"{one}") for one in range(12)]
+    questions = {each.id: ids(1, 3) for each in asked}
+    prompts = {f"{context}": ids(context, 40) for context in range(6)}  # of one length: rows attend together
+    benchmark = Given(asked, prompts, questions, golden_turns=golden)
+    run(model, benchmark, jobs, tmp_path / "first")  # what torch keeps of first calls is there then
+    tokenizer: Any = SimpleNamespace(decode=lambda tokens, skip_special_tokens: "")
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in made_since(set())}
+        noted: list[Any] = []
+        alive: list[int] = []
+
+        def on_row(row: dict[str, Any]) -> None:
+            there = made_since(before)
+            alive.append(sum(type(each) is SequenceCache for each in there))
+            noted.extend(map(weakref.ref, there))
+
+        with RunFolder.open(tmp_path / "second", {}, environment={}) as folder:
+            sweep = Sweep(Engine(model), tokenizer, benchmark, jobs, folder, (), rows_at_once=2 * len(jobs))
+            sweep.run(on_row)
+        assert len(alive) == len(asked) * len(jobs) and min(alive) > 0
+        held_at_once = 2 * len(jobs) * (1 + golden) + len(jobs)  # golden rows have a fork, a context has its trunk
+        assert max(alive) <= held_at_once
+        assert [each for each in noted if each() is not None] == []
+    finally:
+        gc.enable()
