@@ -139,7 +139,7 @@ class LayerContext:
         return self.shared("attention_mass", self._attention_mass)
 
     def _attention_mass(self) -> Tensor:
-        """In one kernel on a GPU where Triton is installed, else in torch, a KV head at a time: the same up to rounding."""
+        """In a kernel on a GPU where Triton is installed, else in torch, by KV heads: the same up to float32 rounding."""
         if self.keys.is_cuda and find_spec("triton") is not None:
             from .triton_kernels import attention_mass  # late: without a GPU nobody waits for Triton's import
 
