@@ -6,6 +6,7 @@ values stay text until the registry reads them: there is one place that knows wh
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,9 +23,18 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 
+SPINS = "5000"
+"""How often a thread of torch looks whether the others are done before it sleeps (GNU OpenMP, read when torch is imported).
+
+Its own default keeps a core busy for milliseconds: where another program wants that core a decode step takes ten times as
+long and more. With this one it takes three times as long, and on an idle machine as long as ever.
+"""
+
+
 def run_command(make_command: Callable[[list[str]], click.Command], arguments: Sequence[str] | None = None) -> NoReturn:
     """Make a command for its arguments, run it and exit: bad input is one line on stderr and exit code 2, no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         make_command(arguments).main(arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ from .packing import Groups, pack, unpack
 from .storage import Quantisation
 
 Bits = Literal[2, 3, 4, 8]
+ENTRIES_AT_ONCE = 4096
+"""Of a column that are written out together to be multiplied: more take longer, since their memory is asked for anew."""
 
 
 @dataclass(frozen=True)
@@ -64,38 +67,54 @@ class UniformColumn(Column):
     def decoded(self) -> Tensor:
         levels, scale, least = self._levels(), self.scale.float(), self.least.float()
         if self.groups is None:
-            return self._scaled(levels) + _of_channels(least, self.group_size, levels.shape[-1])
+            return self._scaled(levels, scale) + _of_channels(least, self.group_size, levels.shape[-1])
         if size := self.groups.size:
             return torch.addcmul(least[:, :, None], levels.unflatten(1, (-1, size)), scale[:, :, None]).flatten(1, 2)
         index = self.groups.index()
         return levels * entries(scale, index) + entries(least, index)
 
-    def _levels(self) -> Tensor:
-        """[heads, length, head_dim], float32."""
-        return unpack(self.packed, self.bits).float()
+    def _levels(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Those of entries start..end, [heads, entries, head_dim], float32."""
+        return unpack(self.packed[:, start:end], self.bits).float()
 
-    def _scaled(self, levels: Tensor) -> Tensor:
+    def _scaled(self, levels: Tensor, scale: Tensor) -> Tensor:
         """Levels times the scales of groups of channels; the levels are overwritten."""
         if levels.shape[-1] % self.group_size:
-            return levels.mul_(_of_channels(self.scale.float(), self.group_size, levels.shape[-1]))
-        return levels.unflatten(-1, (-1, self.group_size)).mul_(self.scale.float()[..., None]).flatten(-2)
+            return levels.mul_(_of_channels(scale.float(), self.group_size, levels.shape[-1]))
+        return levels.unflatten(-1, (-1, self.group_size)).mul_(scale.float()[..., None]).flatten(-2)
 
     def products(self, query: Tensor) -> Tensor:
         if self.groups is None or not self.groups.size:
             return super().products(query)
-        # a group's scales go to the query, and what all its entries share is added: no entry is written out
-        scaled = query[:, None] * self.scale.float()[:, :, None]
-        shared = (query @ self.least.float().transpose(1, 2)).transpose(1, 2)
-        levels = self._levels().view(-1, self.groups.size, query.shape[-1])
-        products = torch.baddbmm(shared.flatten(0, 1)[..., None], scaled.flatten(0, 1), levels.transpose(1, 2))
-        return products.unflatten(0, scaled.shape[:2]).transpose(1, 2).flatten(2)
+        return torch.cat([self._products(query, *part) for part in self._parts(self.groups.size)], -1)
 
     def mixed(self, weights: Tensor) -> Tensor:
         if self.groups is not None:
             return super().mixed(weights)
-        dim = self.packed.shape[-1] * 8 // self.bits
-        shared = _of_channels(weights @ self.least.float(), self.group_size, dim)
-        return shared + weights @ self._scaled(self._levels())
+        return torch.stack([self._mixed(weights, *part) for part in self._parts(1)]).sum(0)
+
+    def _parts(self, step: int) -> Iterator[tuple[int, int]]:
+        """Starts and ends of runs of entries, whole groups of `step`, that are worked on together."""
+        length, at_once = self.packed.shape[1], max(ENTRIES_AT_ONCE // step, 1) * step
+        return ((start, min(start + at_once, length)) for start in range(0, max(length, 1), at_once))
+
+    def _products(self, query: Tensor, start: int, end: int) -> Tensor:
+        """With groups of consecutive entries: scales go to the query, and what all entries of a group share is added."""
+        assert self.groups is not None and self.groups.size
+        size = self.groups.size
+        scale, least = (x[:, start // size : end // size].float() for x in (self.scale, self.least))
+        scaled = query[:, None] * scale[:, :, None]
+        shared = (query @ least.transpose(1, 2)).transpose(1, 2)
+        levels = self._levels(start, end).view(-1, size, query.shape[-1])
+        products = torch.baddbmm(shared.flatten(0, 1)[..., None], scaled.flatten(0, 1), levels.transpose(1, 2))
+        return products.unflatten(0, scaled.shape[:2]).transpose(1, 2).flatten(2)
+
+    def _mixed(self, weights: Tensor, start: int, end: int) -> Tensor:
+        """With groups of channels: what all channels of a group share is mixed by itself."""
+        some = weights[..., start:end]
+        levels = self._levels(start, end)
+        shared = _of_channels(some @ self.least[:, start:end].float(), self.group_size, levels.shape[-1])
+        return shared + some @ self._scaled(levels, self.scale[:, start:end])
 
     def keep(self, index: Tensor) -> UniformColumn:
         packed = entries(self.packed, index)
