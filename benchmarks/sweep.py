@@ -1,86 +1,92 @@
 """How much a sweep costs, in one process: a shared sweep, one stock FullKV run, and the same configurations one by one.
 
-    python benchmarks/sweep.py [--tokens 2048] [--new_tokens 32] [--repeats 5]
+    python benchmarks/sweep.py [--tokens 4096] [--new_tokens 32] [--method fullkv,...] [--budgets 64,128,256]
 
-Prints medians and ratios. Runs of the three kinds take turns, so that a busy machine slows all of them alike.
+`stock` is transformers' own generate() of as many tokens. Below the table is what the sweep's time went into, of its last
+run: the prompt's pass, each method's choosing, and the steps.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from itertools import product
-from pydoc_data.topics import topics
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
+from rounds import common_options, lines_of, load, prompt_of, show, take_turns, where
 
-from kvfactory import Engine, Method, load_method, load_model
-from kvfactory.models import default_threads
+from kvfactory import Engine, Sequence
+from kvfactory.clock import now
+from kvfactory.jobs import Job, make_jobs
 from kvfactory.registry import get_registry
 
+METHODS = (
+    "fullkv,streamingllm,snapkv,snapkv:window_size=16,snapkv:window_size=32,snapkv:pooling=avgpool,pyramidkv,"
+    "pyramidkv:beta=10,adakv,adakv:floor=0.5,headkv,l2norm,expected_attention"
+)
 
-def configurations(names: list[str], budgets: list[int]) -> list[Method]:
-    """Every method at every budget; a method that keeps everything counts once."""
-    registry = get_registry()
-    evicting = [name for name in names if registry.has_budget(name)]
-    whole = [load_method(name) for name in names if name not in evicting]
-    return whole + [load_method(name, budget=budget) for name, budget in product(evicting, budgets)]
+
+def profile(engine: Engine, ids: list[int], jobs: list[Job], new_tokens: int) -> list[dict[str, Any]]:
+    """Seconds of one sweep, line by line."""
+    started = now(engine.device)
+    sequences = engine.prefill(ids, [job.method for job in jobs])
+    prefilled = now(engine.device)
+    engine.decode(sequences, new_tokens)
+    ended = now(engine.device)
+    spent = [(job.label, each.cache.own_seconds) for job, each in zip(jobs, sequences, strict=True)]
+    chosen = [(name, sum(seconds for _, seconds in part)) for name, part in groupby(spent, lambda pair: pair[0])]
+    parts = [
+        ("the prompt's pass", prefilled - started - sum(seconds for _, seconds in spent)),
+        *((f"choosing: {name}", seconds) for name, seconds in chosen),
+        (f"{new_tokens} tokens of {len(jobs)} rows", ended - prefilled),
+    ]
+    return [{"part": name, "seconds": seconds, "share": seconds / (ended - started)} for name, seconds in parts]
 
 
 @click.command(help=__doc__)
-@click.option("--method", default="fullkv,streamingllm,h2o,snapkv,pyramidkv,adakv", show_default=True)
+@click.option("--method", default=METHODS, show_default=True)
 @click.option("--budgets", default="64,128,256", show_default=True)
-@click.option("--tokens", default=2048, show_default=True, help="Prompt tokens.")
+@click.option("--tokens", default=4096, show_default=True, help="Prompt tokens.")
 @click.option("--new_tokens", default=32, show_default=True)
-@click.option("--repeats", default=5, show_default=True)
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--model_path", help="Hub id, folder or .gguf file.  [default: the embedded model]")
+@click.option("--separate", is_flag=True, help="Run the configurations one by one too; that takes long.")
+@common_options
 def main(
-    method: str, budgets: str, tokens: int, new_tokens: int, repeats: int, dtype: str, model_path: str | None
+    method: str,
+    budgets: str,
+    tokens: int,
+    new_tokens: int,
+    separate: bool,
+    repeats: int,
+    dtype: str,
+    threads: int | None,
+    model_path: str | None,
+    file: Path | None,
 ) -> None:
-    torch.set_num_threads(default_threads())
-    model, tokenizer = load_model(model_path, dtype=dtype)
-    text = " ".join(topics[name] for name in sorted(topics))
-    prompt = tokenizer(text, truncation=True, max_length=tokens, return_tensors="pt")["input_ids"].to(model.device)
-    methods = configurations(method.split(","), [int(each) for each in budgets.split(",")])
-    engine = Engine(model, tokenizer)
+    model, tokenizer = load(model_path, dtype, threads)
+    engine, ids = Engine(model, tokenizer), prompt_of(tokenizer, tokens)
+    prompt = torch.tensor([ids], device=model.device)
+    jobs = make_jobs(get_registry(), method.split(","), [int(each) for each in budgets.split(",")])
     exact = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
     def stock() -> None:
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **exact)
 
-    def sweep() -> None:
-        engine.decode(engine.prefill(prompt, methods), new_tokens)
+    def run(some: list[Job]) -> list[Sequence]:
+        sequences = engine.prefill(ids, [job.method for job in some])
+        engine.decode(sequences, new_tokens)
+        return sequences
 
-    def separate() -> None:
-        for each in methods:
-            engine.decode(engine.prefill(prompt, [each]), new_tokens)
-
-    kinds: dict[str, Callable[[], None]] = {
-        "one stock FullKV run": stock,
-        f"sweep of {len(methods)} configurations": sweep,
-        f"{len(methods)} separate runs": separate,
-    }
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    sweep()  # first calls are slow
-    for _ in range(repeats):
-        for kind, run in kinds.items():
-            if kind.endswith("separate runs") and seconds[kind]:
-                continue  # long: once is enough
-            started = time.perf_counter()
-            run()
-            seconds[kind].append(time.perf_counter() - started)
-    base = statistics.median(seconds["one stock FullKV run"])
-    table = Table(
-        "", "median s", "times stock", "runs", title=f"{tokens} tokens in, {new_tokens} out, {dtype}, {model.device}"
-    )
-    for kind, each in seconds.items():
-        table.add_row(kind, f"{statistics.median(each):.2f}", f"{statistics.median(each) / base:.2f}", str(len(each)))
-    Console().print(table)
+    kinds: dict[str, Callable[[], Any]] = {"stock": stock, f"sweep of {len(jobs)}": lambda: run(jobs)}
+    if separate:
+        kinds[f"{len(jobs)} separate runs"] = lambda: [run([job]) for job in jobs]
+    lines = lines_of(take_turns(kinds, repeats, engine.device), "stock")
+    title = f"{tokens} tokens in, {new_tokens} out; {where(model)}"
+    show(title, lines, {"kind": "", "median_seconds": ".2f", "least_seconds": ".2f", "ratio": ".2f", "runs": ""}, file)
+    parts = profile(engine, ids, jobs, new_tokens)
+    beside = file and file.with_name(f"{file.stem}-profile{file.suffix}")
+    show("of one sweep", parts, {"part": "", "seconds": ".2f", "share": ".1%"}, beside)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ class Stack(ABC, Generic[S]):
         Returns the rows, int64, and their output.
         """
         self._place(rows, [each.slot for each in held], query.device)
-        self._write(held, *(each[self._row_of_slot, :, 0] for each in (key, value)))
+        self._write(held, *(each.squeeze(2).index_select(0, self._row_of_slot) for each in (key, value)))
         self.shape = held[0].shape()
-        output = self._attend(kernel, query[self._row_of_slot])
-        return self._rows, output if len(held) == self.slots else output[self._slots]
+        output = self._attend(kernel, query.index_select(0, self._row_of_slot))
+        return self._rows, output if len(held) == self.slots else output.index_select(0, self._slots)
 
     def _place(self, rows: list[int], slots: list[int], device: torch.device) -> None:
         """Note which row each slot is of; what a row that left has still here follows another and is for nothing."""

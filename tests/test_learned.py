@@ -161,7 +161,7 @@ def test_heads_stored_apart_are_scored_by_their_own_networks() -> None:
         for head, alone in enumerate(layer.stored_heads(granularity)):
             kv_head = head * 2 // granularity
             store = method.decoding_store(alone, torch.arange(20)[None])
-            again = store._layer()  # type: ignore[attr-defined]
+            again = store.as_layer()  # type: ignore[attr-defined]
             assert again.first_kv_head == kv_head
             torch.testing.assert_close(method.score(again)[0], whole[kv_head], rtol=1e-4, atol=1e-5)
 
