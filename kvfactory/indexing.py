@@ -14,7 +14,9 @@ def entries(x: Tensor, index: Tensor) -> Tensor:
     heads, tokens = x.shape[:2]
     head = torch.arange(len(index), device=index.device)[:, None] // max(len(index) // heads, 1)
     apart, step = x.stride()[:2]
-    if tokens and step and apart % step == 0:  # rows of a flat tensor are copied whole, many times faster than element by element
+    if (
+        tokens and step and apart % step == 0
+    ):  # rows of a flat tensor are copied whole, many times faster than element by element
         apart //= step
         flat = x.as_strided((apart * (heads - 1) + tokens, *x.shape[2:]), (step, *x.stride()[2:]))
         return flat.index_select(0, (index + apart * head).flatten()).unflatten(0, index.shape)

@@ -17,6 +17,8 @@ def pack(levels: Tensor, bits: int) -> Tensor:
     Along the last dimension, so that an entry's bytes are its own and may be kept or let go of without its neighbours. The
     first fields of an entry's bytes are its first levels, the second fields those behind them, and so on.
     """
+    if bits == 8:
+        return levels
     planes, shift = [], 0
     for width in PLANES[bits]:
         per_byte = 8 // width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,9 +57,8 @@ class UniformColumn(Column):
     @classmethod
     def per_token(cls, x: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> UniformColumn:
         """Groups of channels of each entry of x [heads, length, head_dim]; the last may be short."""
-        parts = x.float().split(group_size, -1)
-        least = torch.stack([part.amin(-1) for part in parts], -1)
-        most = torch.stack([part.amax(-1) for part in parts], -1)
+        exact = x.float()
+        least, most = (_by_channels(exact, group_size, reduce) for reduce in (torch.amin, torch.amax))
         scale = (most - least) / (2**bits - 1)
         levels = _levels(x, *(_of_channels(each, group_size, x.shape[-1]) for each in (least, scale)), bits=bits)
         return cls(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
@@ -78,10 +77,10 @@ class UniformColumn(Column):
         return unpack(self.packed[:, start:end], self.bits).float()
 
     def _scaled(self, levels: Tensor, scale: Tensor) -> Tensor:
-        """Levels times the scales of groups of channels; the levels are overwritten."""
+        """Levels times the scales of groups of channels, both float32; the levels are overwritten."""
         if levels.shape[-1] % self.group_size:
-            return levels.mul_(_of_channels(scale.float(), self.group_size, levels.shape[-1]))
-        return levels.unflatten(-1, (-1, self.group_size)).mul_(scale.float()[..., None]).flatten(-2)
+            return levels.mul_(_of_channels(scale, self.group_size, levels.shape[-1]))
+        return levels.unflatten(-1, (-1, self.group_size)).mul_(scale[..., None]).flatten(-2)
 
     def products(self, query: Tensor) -> Tensor:
         if self.groups is None or not self.groups.size:
@@ -111,10 +110,10 @@ class UniformColumn(Column):
 
     def _mixed(self, weights: Tensor, start: int, end: int) -> Tensor:
         """With groups of channels: what all channels of a group share is mixed by itself."""
-        some = weights[..., start:end]
-        levels = self._levels(start, end)
-        shared = _of_channels(some @ self.least[:, start:end].float(), self.group_size, levels.shape[-1])
-        return shared + some @ self._scaled(levels, self.scale[:, start:end])
+        some, levels = weights[..., start:end], self._levels(start, end)
+        scale, least = (x[:, start:end].float() for x in (self.scale, self.least))
+        shared = _of_channels(some @ least, self.group_size, levels.shape[-1])
+        return shared + some @ self._scaled(levels, scale)
 
     def keep(self, index: Tensor) -> UniformColumn:
         packed = entries(self.packed, index)
@@ -143,6 +142,13 @@ class UniformColumn(Column):
     def nbytes(self) -> int:
         counts = 0 if self.groups is None else self.groups.counts.nbytes
         return self.packed.nbytes + self.scale.nbytes + self.least.nbytes + counts
+
+
+def _by_channels(x: Tensor, group_size: int, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """[..., dim] -> [..., groups of channels], of which the last may be short."""
+    if x.shape[-1] % group_size == 0:
+        return reduce(x.unflatten(-1, (-1, group_size)), -1)
+    return torch.stack([reduce(part, -1) for part in x.split(group_size, -1)], -1)
 
 
 def _of_channels(x: Tensor, group_size: int, dim: int) -> Tensor:
