@@ -167,8 +167,8 @@ def sweep_options() -> list[click.Option]:
         click.Option(
             ["--prefill_chunk"],
             type=PositiveInt(),
-            help="Read longer prompts in chunks of so many tokens and evict after each: memory does not grow with the prompt, "
-            "and results are not those of prompts that are read at once.",
+            help="Read longer prompts in chunks of so many tokens and evict after each: memory does not grow with prompts, "
+            "and results differ from those of prompts that are read at once.",
         ),
         click.Option(
             ["--record_tokens"],

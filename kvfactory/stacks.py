@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .buffers import PlainBuffer, SegmentBuffer, Stackable, room_for
 
@@ -28,12 +29,15 @@ class Stack(ABC, Generic[S]):
     keys: Tensor
     """[slots, ...]: a row's buffer has one slot."""
     values: Tensor
+    room: int
+    """Steps that there is room for."""
     shape: Hashable
     """What the rows agree in; one that was left out of a step does not any more."""
 
     def __init__(self, held: Sequence[S]) -> None:
-        self.slots, self.shape = len(held), held[0].shape()
+        self.slots = len(held)
         self._lay_out(held)
+        self.shape = held[0].shape()
         self._places: tuple[list[int], list[int]] | None = None
         self._row_of_slot = self._rows = self._slots = torch.empty(0)
 
@@ -75,20 +79,17 @@ class Stack(ABC, Generic[S]):
     def _attend(self, kernel: Kernel, query: Tensor) -> Tensor:
         """Attention of query [slots, query_heads, 1, head_dim], shaped like it."""
 
-    @abstractmethod
-    def is_full(self) -> bool:
-        """Whether there is no room for another step."""
-
 
 class DenseStack(Stack[PlainBuffer]):
     """Slots [heads, capacity, head_dim]."""
 
     def _lay_out(self, held: Sequence[PlainBuffer]) -> None:
         self._length = length = held[0].length
+        self.room = 1 + room_for(length)
         heads, _, dim = held[0].keys.shape
 
         def joined(rows: list[Tensor]) -> Tensor:
-            made = rows[0].new_empty(len(rows), heads, length + 1 + room_for(length), dim)
+            made = rows[0].new_empty(len(rows), heads, length + self.room, dim)
             for slot, row in zip(made, rows, strict=True):
                 slot[:, :length] = row[:, :length]
             return made
@@ -102,6 +103,7 @@ class DenseStack(Stack[PlainBuffer]):
         self.keys[:, :, self._length] = spread(keys, heads)
         self.values[:, :, self._length] = spread(values, heads)
         self._length += 1
+        self.room -= 1
         for each in held:
             each.length += 1
 
@@ -110,34 +112,34 @@ class DenseStack(Stack[PlainBuffer]):
         folded = query.reshape(len(keys), -1, query.shape[-1])  # the queries of a stored head side by side
         return kernel.decode(folded, keys, values, None).view_as(query)
 
-    def is_full(self) -> bool:
-        return self._length == self.keys.shape[2]
-
 
 class RaggedStack(Stack[SegmentBuffer]):
     """Slots [capacity, head_dim]: all heads of a row attend to all of its entries, and a mask leaves them their own."""
 
     def _lay_out(self, held: Sequence[SegmentBuffer]) -> None:
-        room = 1 + room_for(held[0].mean_length())
-        self.keys = torch.stack([each.laid_out(each.keys, room) for each in held])
-        self.values = torch.stack([each.laid_out(each.values, room) for each in held])
+        self.room = room = 1 + room_for(max(each.mean_length() for each in held))
+        rows = [(each.laid_out(each.keys, room), each.laid_out(each.values, room)) for each in held]
+        longest = max(
+            len(keys) for keys, _ in rows
+        )  # what is behind a shorter row is 0 too, since weights of 0 meet it
+        self.keys, self.values = (
+            torch.stack([pad(row[side], (0, 0, 0, longest - len(row[side]))) for row in rows]) for side in (0, 1)
+        )
         for slot, each in enumerate(held):
             each.room = room
             each.lie_in(self, slot)
         device = self.keys.device
         self._starts = torch.tensor([each.starts() for each in held], device=device)
         self._ends = self._starts + torch.tensor([each.lengths for each in held], device=device)
-        capacity = self.keys.shape[1]
-        self._first_of_slot = capacity * torch.arange(len(held), device=device)[:, None]
-        self._at = torch.arange(capacity, device=device)
-        self._room = room
+        self._first_of_slot = longest * torch.arange(len(held), device=device)[:, None]
+        self._at = torch.arange(longest, device=device)
 
     def _write(self, held: Sequence[SegmentBuffer], keys: Tensor, values: Tensor) -> None:
         heads, where = self._ends.shape[1], (self._ends + self._first_of_slot).flatten()
         self.keys.view(-1, self.keys.shape[-1]).index_copy_(0, where, spread(keys, heads).flatten(0, 1))
         self.values.view(-1, self.values.shape[-1]).index_copy_(0, where, spread(values, heads).flatten(0, 1))
         self._ends += 1
-        self._room -= 1
+        self.room -= 1
         for each in held:
             each.advance(1)
 
@@ -147,9 +149,6 @@ class RaggedStack(Stack[SegmentBuffer]):
         allowed = own.repeat_interleave(query_heads // own.shape[1], 1)
         return kernel.decode(query.view(slots, query_heads, dim), self.keys, self.values, allowed).view_as(query)
 
-    def is_full(self) -> bool:
-        return self._room == 0
-
 
 KINDS: dict[type[Stackable], type[Stack[Any]]] = {PlainBuffer: DenseStack, SegmentBuffer: RaggedStack}
 
@@ -158,7 +157,7 @@ def stack_of(held: Sequence[Stackable]) -> Stack[Any]:
     """The stack that these lie in, or a new one: if there is none, if most of its rows have left, or if it is full."""
     stack = held[0].stack
     together = stack is not None and stack.shape == held[0].shape() and all(each.stack is stack for each in held)
-    if stack is None or not together or stack.is_full() or 2 * len(held) <= stack.slots:
+    if stack is None or not together or not stack.room or 2 * len(held) <= stack.slots:
         return KINDS[type(held[0])](held)
     return stack
 

@@ -70,13 +70,13 @@ class ExpectedAttention(AttentionScoredMethod):
 
     def score(self, layer: LayerContext) -> Tensor:
         mean, covariance = self.future_queries(layer)
-        keys = layer.keys[:, self.sink_size :].float()
-        grouped = mean.unflatten(0, (layer.kv_heads, -1))
-        logits = grouped @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
-        if self.use_covariance:
-            spreads = covariance.unflatten(0, (layer.kv_heads, -1))
-            logits = logits + ((keys[:, None] @ spreads) * keys[:, None]).sum(-1) / (2 * keys.shape[-1])
-        scores = self.per_stored_head(layer, logits.softmax(-1).flatten(0, 1))
+        logits = []
+        for head in range(len(mean)):  # one by one: what is looked at stays in the processor's cache
+            keys = layer.keys[head * layer.kv_heads // len(mean), self.sink_size :].float()
+            logits.append(keys @ mean[head] / math.sqrt(keys.shape[-1]))
+            if self.use_covariance:
+                logits[-1] += torch.linalg.vecdot(keys @ covariance[head], keys) / (2 * keys.shape[-1])
+        scores = self.per_stored_head(layer, torch.stack(logits).softmax(-1))
         if self.use_vnorm:
             norms = layer.values[:, self.sink_size :].float().norm(dim=-1)
             scores = (scores + self.epsilon) * spread(norms, len(scores))
@@ -87,15 +87,24 @@ class ExpectedAttention(AttentionScoredMethod):
         frequencies = layer.rotary_frequencies().float()
         end = layer.positions[0, -1] + 1
         at = torch.arange(layer.queries.shape[1], device=end.device) + end - layer.queries.shape[1]
-        angles = at[at >= self.sink_size, None] * frequencies
-        queries = turn(layer.queries[:, at >= self.sink_size].float(), angles.cos(), -angles.sin())
-        mean = queries.mean(1)
-        apart = queries - mean[:, None]
-        covariance = apart.transpose(1, 2) @ apart / queries.shape[1]
+        seen = at >= self.sink_size
+        angles = at[seen, None] * frequencies
+        cos, sin = angles.cos(), -angles.sin()
+        mean, covariance = (
+            torch.stack(each)
+            for each in zip(*(moments(turn(one[seen].float(), cos, sin)) for one in layer.queries), strict=True)
+        )
         angles = (torch.arange(self.n_future_positions, device=end.device) + end)[:, None] * frequencies
         cos, sin = angles.cos().mean(0), angles.sin().mean(0)
         rows = turn(covariance, cos, sin)
         return turn(mean, cos, sin), turn(rows.transpose(1, 2), cos, sin)
+
+
+def moments(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [head_dim] and covariance [head_dim, head_dim] of queries [tokens, head_dim]."""
+    mean = queries.mean(0)
+    apart = queries - mean
+    return mean, apart.T @ apart / len(queries)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
