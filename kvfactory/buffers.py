@@ -145,10 +145,6 @@ class PlainBuffer(Stackable, Buffer):
             self.values[:, : self.length] = values
 
 
-NEARLY = 16
-"""Entries of a head by which rows of segments may differ that lie in one tensor: what a buffer has for room anyway."""
-
-
 class SegmentBuffer(Stackable):
     """Each head has its own number of entries: a segment of a flat tensor a head, all with the same room behind them."""
 
@@ -159,10 +155,7 @@ class SegmentBuffer(Stackable):
         self.keys, self.values = torch.cat(list(keys)), torch.cat(list(values))
 
     def shape(self) -> Hashable:
-        if self.stack is not None and self.room == self.stack.room:
-            return "stack", id(self.stack)  # which has room for each of its rows, whatever their lengths
-        # allocators that round by heads miss a budget by a few entries
-        return "segments", len(self.lengths), round(self.mean_length() / NEARLY)
+        return "segments", len(self.lengths), sum(self.lengths)
 
     def mean_length(self) -> int:
         """Entries of a head, rounded down: what rows that share a `shape` agree in."""

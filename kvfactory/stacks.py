@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .buffers import PlainBuffer, SegmentBuffer, Stackable, room_for
 
@@ -85,7 +84,7 @@ class DenseStack(Stack[PlainBuffer]):
 
     def _lay_out(self, held: Sequence[PlainBuffer]) -> None:
         self._length = length = held[0].length
-        self.room = 1 + room_for(length)
+        self.room = 1 + room_for(length + 1)
         heads, _, dim = held[0].keys.shape
 
         def joined(rows: list[Tensor]) -> Tensor:
@@ -117,22 +116,17 @@ class RaggedStack(Stack[SegmentBuffer]):
     """Slots [capacity, head_dim]: all heads of a row attend to all of its entries, and a mask leaves them their own."""
 
     def _lay_out(self, held: Sequence[SegmentBuffer]) -> None:
-        self.room = room = 1 + room_for(max(each.mean_length() for each in held))
-        rows = [(each.laid_out(each.keys, room), each.laid_out(each.values, room)) for each in held]
-        longest = max(
-            len(keys) for keys, _ in rows
-        )  # what is behind a shorter row is 0 too, since weights of 0 meet it
-        self.keys, self.values = (
-            torch.stack([pad(row[side], (0, 0, 0, longest - len(row[side]))) for row in rows]) for side in (0, 1)
-        )
+        self.room = room = 1 + room_for(held[0].mean_length())
+        self.keys = torch.stack([each.laid_out(each.keys, room) for each in held])
+        self.values = torch.stack([each.laid_out(each.values, room) for each in held])
         for slot, each in enumerate(held):
             each.room = room
             each.lie_in(self, slot)
-        device = self.keys.device
+        device, capacity = self.keys.device, self.keys.shape[1]
         self._starts = torch.tensor([each.starts() for each in held], device=device)
         self._ends = self._starts + torch.tensor([each.lengths for each in held], device=device)
-        self._first_of_slot = longest * torch.arange(len(held), device=device)[:, None]
-        self._at = torch.arange(longest, device=device)
+        self._first_of_slot = capacity * torch.arange(len(held), device=device)[:, None]
+        self._at = torch.arange(capacity, device=device)
 
     def _write(self, held: Sequence[SegmentBuffer], keys: Tensor, values: Tensor) -> None:
         heads, where = self._ends.shape[1], (self._ends + self._first_of_slot).flatten()

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -424,6 +425,7 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...
         return torch.cat([plain_attention(*(each[None] for each in part), False)[0] for part in parts])
 
     module = ModuleType("flash_attn")
+    module.__spec__ = ModuleSpec("flash_attn", None)  # transformers looks for it where it imports a model's module
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -462,6 +464,8 @@ def test_flash_decodes_as_sdpa_does(
     assert torch.equal(ours, expected)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
     assert compression.cache is not None
+    if "ragged" in kind and len(lengths) > 1:
+        return  # rows of ragged heads attend together under a mask, which flash-attn does not take
     lengths_kept = {each for row in compression.cache.rows for store in row[0].stores for each in store.lengths()}
     assert {shape[1] for shape in flash_calls} & lengths_kept, "the last step reads what is stored then"
     heads = {shape[2] for shape in flash_calls}
