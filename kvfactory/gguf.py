@@ -8,10 +8,10 @@ Whatever is not understood, a tensor included, is refused: nothing of a file is 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from kvfactory.errors import UserError
 
 VERSION = "1"  # of what is written; a change of it makes new folders
 MARKER = "converted.json"
+DIGEST_LENGTH = 64  # characters; a note that was cut off is shorter
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
@@ -71,18 +72,18 @@ def convert(source: Path, cache: Path, sha256: str | None = None) -> Path:
 
 
 def _digest(source: Path, cache: Path) -> str:
-    """The file's sha256, known from an earlier conversion of the very same file (path, size, time) or read now."""
-    identity = _identity(source)
-    for marker in cache.glob(f"{glob.escape(source.stem)}-*-{VERSION}/{MARKER}"):
-        known = _marker(marker.parent).get("source", {})
-        if {key: known.get(key) for key in identity} == identity:
-            return str(known["sha256"])
-    return _sha256(source)
-
-
-def _identity(source: Path) -> dict[str, Any]:
+    """The file's sha256: read once for the very same file (path, size, time), then known from a note in the cache."""
     status = source.stat()
-    return {"path": str(source.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    identity = json.dumps([str(source.resolve()), status.st_size, status.st_mtime_ns])
+    note = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.sha256"
+    with suppress(OSError):
+        if len(known := note.read_text()) == DIGEST_LENGTH:
+            return known
+    digest = _sha256(source)
+    with suppress(OSError):  # a cache that cannot be written costs a reading at each start, and no more
+        cache.mkdir(parents=True, exist_ok=True)
+        note.write_text(digest)
+    return digest
 
 
 def _sha256(path: Path) -> str:
@@ -114,8 +115,7 @@ def _write(source: Path, digest: str, target: Path) -> None:
     try:
         _convert(source, draft)
         files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(draft.iterdir())}
-        marker = {"source": {**_identity(source), "sha256": digest}, "files": files}
-        (draft / MARKER).write_text(json.dumps(marker, indent=1))
+        (draft / MARKER).write_text(json.dumps({"sha256": digest, "files": files}, indent=1))
         draft.replace(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -176,10 +176,13 @@ def test_the_qwen2_tokenizer_is_that_of_transformers(tmp_path):
     converted = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", tiny("qwen2"), "qwen2"))
     (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(TOKENS)}))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]))
-    reference = Qwen2Tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    reference = Qwen2Tokenizer(
+        tmp_path / "vocab.json", tmp_path / "merges.txt", additional_special_tokens=list(SPECIAL)
+    )
 
     @settings(deadline=None)
     @given(st.text(alphabet=st.one_of(st.sampled_from("hel '\n\t1290sS!?é"), st.characters(codec="utf-8"))))
+    @example("hel<|im_end|> <tool>l")
     def same(text):
         ids = converted.encode(text)
         assert ids == reference.encode(text)
@@ -264,6 +267,25 @@ def test_a_file_is_converted_once_and_not_read_again(llama_file, cache, monkeypa
     assert files["model.safetensors"] == {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
     monkeypatch.setattr(conversion, "_sha256", None)  # would fail if called
     assert resolve(str(llama_file)) == folder
+
+
+def test_a_copy_of_a_file_is_read_once_and_not_converted(llama_file, tmp_path, monkeypatch):
+    folder = resolve(llama_file)
+    copy = tmp_path / "elsewhere" / llama_file.name
+    copy.parent.mkdir()
+    copy.write_bytes(llama_file.read_bytes())
+    monkeypatch.setattr(conversion, "_write", None)  # would fail if called
+    assert resolve(copy) == folder
+    monkeypatch.setattr(conversion, "_sha256", None)
+    assert resolve(copy) == resolve(llama_file) == folder
+
+
+def test_a_note_of_a_digest_that_was_cut_off_is_written_again(llama_file, cache):
+    folder = resolve(llama_file)
+    (note,) = cache.glob("*.sha256")
+    whole = note.read_text()
+    note.write_text(whole[:10])
+    assert resolve(llama_file) == folder and note.read_text() == whole
 
 
 def test_another_content_under_the_same_name_is_another_model(tmp_path):
