@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -67,24 +68,45 @@ class MakeBuffer(Protocol):
 class Stackable(ABC):
     """Entries as they are, with room behind them, which may lie in one tensor with those of other rows (`stacks`).
 
-    A write by itself takes a row out of its stack: it copies what it has, as it does wherever tensors are shared.
+    Its own room is what it would have by itself, whatever there is in a stack: what company costs is no row's. A write by
+    itself takes a row out of its stack: it copies what it has, as it does wherever tensors are shared.
     """
 
     keys: Tensor
     values: Tensor
     shared: bool = True
-    """The tensors may be somebody else's too: copy before the first write."""
-    stack: Stack[Any] | None = None
+    """What is behind its entries may be somebody else's too: copy before the first write."""
+    stack: Stack | None = None
     slot: int = 0
     """Which row of the stack this is."""
 
     @abstractmethod
-    def shape(self) -> Hashable:
-        """What rows have to agree in to be stacked: heads, and how many entries."""
+    def size(self) -> Hashable:
+        """What rows have to agree in to be put in one stack: heads, and roughly how many entries."""
 
-    def lie_in(self, stack: Stack[Any], slot: int) -> None:
+    @abstractmethod
+    def head_lengths(self) -> list[int]:
+        """Entries of each head."""
+
+    @abstractmethod
+    def segments(self, side: Tensor) -> list[Tensor]:
+        """Of its keys or its values, the entries of each head, [length, head_dim], without the room behind them."""
+
+    def company(self) -> Hashable:
+        """What rows that attend together agree in: their stack, or else their size."""
+        return self.stack if self.stack is not None and self.stack.room else self.size()
+
+    @abstractmethod
+    def make_room(self, tokens: int) -> bool:
+        """See that its own room is enough for more entries of each head; whether that is new, in tensors to be made."""
+
+    @abstractmethod
+    def count(self, tokens: int) -> None:
+        """There are more entries in each head."""
+
+    def lie_in(self, stack: Stack, slot: int) -> None:
         """Hold a row of a stack's tensors, which has these entries in it."""
-        self.stack, self.slot, self.shared = stack, slot, True
+        self.stack, self.slot = stack, slot
         self.keys, self.values = stack.keys[slot], stack.values[slot]
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
@@ -105,30 +127,41 @@ class PlainBuffer(Stackable, Buffer):
     def __init__(self, keys: Tensor, values: Tensor, limit: int | None = None) -> None:
         """Keys and values [heads, length, head_dim]; no room is made beyond the `limit`, if there is one."""
         self.keys, self.values = keys, values
-        self.length = keys.shape[1]
+        self.length = self.capacity = keys.shape[1]
         self.limit = limit
 
-    def shape(self) -> Hashable:
-        return self.keys.shape[0], self.length
+    def size(self) -> Hashable:
+        return "one length", len(self.keys), size_class(self.length)
+
+    def head_lengths(self) -> list[int]:
+        return [self.length] * len(self.keys)
+
+    def segments(self, side: Tensor) -> list[Tensor]:
+        return list(side[:, : self.length].unbind(0))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         start, tokens = self.length, keys.shape[1]
-        if self.shared or start + tokens > self.keys.shape[1]:
-            self.grow(start + tokens)
+        if self.make_room(tokens) or self.stack is not None:
+            self.hold(self._with_room(self.keys), self._with_room(self.values))
         self.keys.narrow(1, start, tokens).copy_(keys)
         self.values.narrow(1, start, tokens).copy_(values)
-        self.length = start + tokens
+        self.count(tokens)
 
-    def grow(self, needed: int) -> None:
-        """Make room for `needed` entries, in tensors that are nobody else's."""
-        capacity = needed + room_for(needed) if self.limit is None else max(needed, self.limit)
+    def make_room(self, tokens: int) -> bool:
+        needed = self.length + tokens
+        if not self.shared and needed <= self.capacity:
+            return False
+        self.capacity = needed + room_for(needed) if self.limit is None else max(needed, self.limit)
+        self.shared = False
+        return True
 
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(old.shape[0], capacity, old.shape[2])
-            new[:, : self.length] = old[:, : self.length]
-            return new
+    def count(self, tokens: int) -> None:
+        self.length += tokens
 
-        self.hold(grown(self.keys), grown(self.values))
+    def _with_room(self, old: Tensor) -> Tensor:
+        new = old.new_empty(old.shape[0], self.capacity, old.shape[2])
+        new[:, : self.length] = old[:, : self.length]
+        return new
 
     def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
         return self.keys.narrow(1, 0, self.length), self.values.narrow(1, 0, self.length)
@@ -138,11 +171,15 @@ class PlainBuffer(Stackable, Buffer):
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         self.length = keys.shape[1]
-        if self.shared or self.keys.shape[1] != self.limit or self.length > self.limit:
+        if self.shared or self.capacity != self.limit or self.length > self.limit:
             self.hold(keys, values)
+            self.capacity = self.length
         else:  # the room is what it should be
             self.keys[:, : self.length] = keys
             self.values[:, : self.length] = values
+
+    def nbytes(self) -> int:
+        return _nbytes(self, len(self.keys) * self.capacity)
 
 
 class SegmentBuffer(Stackable):
@@ -153,48 +190,64 @@ class SegmentBuffer(Stackable):
         self.lengths = [len(each) for each in keys]
         self.room = 0
         self.keys, self.values = torch.cat(list(keys)), torch.cat(list(values))
-
-    def shape(self) -> Hashable:
-        return "segments", len(self.lengths), sum(self.lengths)
-
-    def mean_length(self) -> int:
-        """Entries of a head, rounded down: what rows that share a `shape` agree in."""
-        return sum(self.lengths) // len(self.lengths)
-
-    def starts(self) -> list[int]:
+        self.starts = self._starts_with(0)
         """Where each head's segment begins in the flat tensor."""
-        return list(accumulate((length + self.room for length in self.lengths[:-1]), initial=0))
+
+    def size(self) -> Hashable:
+        longest = size_class(max(self.lengths))
+        return "lengths", len(self.lengths), longest if longest < size_class(LONG) else tuple(self.lengths)
+
+    def head_lengths(self) -> list[int]:
+        return self.lengths
+
+    def segments(self, side: Tensor) -> list[Tensor]:
+        return [side.narrow(0, start, length) for start, length in zip(self.starts, self.lengths, strict=True)]
+
+    def lie_in(self, stack: Stack, slot: int) -> None:
+        super().lie_in(stack, slot)
+        heads, capacity, _ = self.keys.shape
+        self.keys, self.values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        self.starts = list(range(0, heads * capacity, capacity))
+
+    def _starts_with(self, room: int) -> list[int]:
+        """Where segments begin that have so much room behind them."""
+        return list(accumulate((length + room for length in self.lengths[:-1]), initial=0))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add entries [heads, tokens, head_dim]."""
         tokens = keys.shape[1]
-        if self.shared or tokens > self.room:
-            room = tokens + room_for(self.mean_length())
-            self.hold(self.laid_out(self.keys, room), self.laid_out(self.values, room))
-            self.room = room
-        ends = [start + length for start, length in zip(self.starts(), self.lengths, strict=True)]
+        if self.make_room(tokens) or self.stack is not None:
+            self.hold(self._with_room(self.keys), self._with_room(self.values))
+            self.starts = self._starts_with(self.room)
+        ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
         slots = torch.tensor([slot for end in ends for slot in range(end, end + tokens)], device=self.keys.device)
         self.keys.index_copy_(0, slots, keys.flatten(0, 1))
         self.values.index_copy_(0, slots, values.flatten(0, 1))
-        self.advance(tokens)
+        self.count(tokens)
 
-    def advance(self, tokens: int) -> None:
-        """Count entries that were written behind each segment."""
+    def make_room(self, tokens: int) -> bool:
+        if not self.shared and tokens <= self.room:
+            return False
+        self.room = tokens + room_for(sum(self.lengths) // len(self.lengths))
+        self.shared = False
+        return True
+
+    def count(self, tokens: int) -> None:
         self.lengths = [length + tokens for length in self.lengths]
         self.room -= tokens
 
-    def laid_out(self, flat: Tensor, room: int) -> Tensor:
-        """A flat tensor of these segments with so much room behind each; what is in the room is 0."""
-        free = flat.new_zeros(room, flat.shape[1])
-        return torch.cat([part for segment in self.segments(flat) for part in (segment, free)])
-
-    def segments(self, flat: Tensor) -> list[Tensor]:
-        """The entries of each head, [length, head_dim], without the room behind them."""
-        return [flat.narrow(0, start, length) for start, length in zip(self.starts(), self.lengths, strict=True)]
+    def _with_room(self, side: Tensor) -> Tensor:
+        free = side.new_empty(self.room, side.shape[1])
+        return torch.cat([part for segment in self.segments(side) for part in (segment, free)])
 
     def nbytes(self) -> int:
-        """Bytes of both tensors, room to grow included."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of both, room to grow included."""
+        return _nbytes(self, sum(self.lengths) + len(self.lengths) * self.room)
+
+
+def _nbytes(held: Stackable, entries: int) -> int:
+    """Bytes of so many keys and values, room included: those of its tensors, where it does not lie in a stack."""
+    return entries * sum(each.shape[-1] * each.element_size() for each in (held.keys, held.values))
 
 
 class Rows:
@@ -228,3 +281,11 @@ class Rows:
 def room_for(length: int) -> int:
     """Entries to make room for when a full buffer has to grow: an eighth more, so appending stays cheap."""
     return max(16, length // 8)
+
+
+LONG = 1024  # entries; of more, filling rows up costs more than calls of their own
+
+
+def size_class(length: int) -> float:
+    """Equal for lengths that are worth one kernel call though the shorter ones are filled up: steps of half an octave."""
+    return length if length >= LONG else math.floor(2 * math.log2(max(length, 1))) / 2

@@ -22,7 +22,7 @@ from .clock import now
 from .context import LayerContext, Prompt
 from .kernels import KERNELS, PromptAttention, decode_attention
 from .method import Method
-from .stacks import stack_of
+from .stacks import index_of, stack_of
 from .stores import Store
 
 
@@ -150,25 +150,28 @@ class CompressedCache(Cache):
                     cache.compress(context)
             return output
         output = torch.empty_like(layer.query)
-        together = self._together(layer)
-        for rows, held in together:
-            where, attended = stack_of(held).step(self.kernel, held, rows, layer.query, layer.key, layer.value)
-            output.index_copy_(0, where, attended)
+        if together := self._together(layer):
+            index = index_of(tuple(row for rows, _ in together for row in rows), output.device)
+            sizes = [len(rows) for rows, _ in together]
+            parts = (each.index_select(0, index).split(sizes) for each in (layer.query, layer.key, layer.value))
+            attended = [
+                stack_of(held).step(self.kernel, held, *each) for (_, held), *each in zip(together, *parts, strict=True)
+            ]
+            output.index_copy_(0, index, torch.cat(attended))
         for row in {*range(len(self.rows))}.difference(*(rows for rows, _ in together)):
             output[row] = self._decode(row, layer)
         return output
 
     def _together(self, layer: LayerBatch) -> list[tuple[list[int], list[Stackable]]]:
-        """Rows that attend together, two or more because their shapes agree, and what they hold."""
-        groups: dict[Hashable, tuple[list[int], list[Stackable]]] = {}
+        """Rows that attend together, two or more because they are of one size, and what they hold; by their slots."""
+        groups: dict[Hashable, list[tuple[int, Stackable]]] = {}
         if layer.query.shape[2] > 1 or self.window is not None or any(self._padding):
             return []
         for row, (cache,) in enumerate(self.rows):
             if entries := cache.stores[layer.index].stackable(cache.seen):
-                rows, held = groups.setdefault(entries.shape(), ([], []))
-                rows.append(row)
-                held.append(entries)
-        return [group for group in groups.values() if len(group[0]) > 1]
+                groups.setdefault(entries.company(), []).append((row, entries))
+        many = [sorted(group, key=lambda each: each[1].slot) for group in groups.values() if len(group) > 1]
+        return [([row for row, _ in group], [entries for _, entries in group]) for group in many]
 
     def _prefill(self, layer: LayerBatch, contexts: list[LayerContext], mask: Tensor | None) -> Tensor:
         """The kernel's output, or a method's own in the rows that have one, zero where they are padded."""

@@ -29,8 +29,8 @@ class Kernel:
     """(query [batch, query_heads, tokens, dim], key and value [batch, kv_heads, tokens, dim], mask, sliding window) ->
     output shaped like the query. The mask is what the stock model hands its attention layers, or None."""
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """(query [heads, queries, dim], keys and values [heads, length, dim], allowed bool [heads or 1, queries, length] or
-    None) -> output shaped like the query."""
+    """(query [rows, heads, queries, dim], keys and values [rows, heads, length, dim], allowed bool [rows, heads, queries,
+    length], each of its first three perhaps 1, or None) -> output shaped like the query."""
     ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
 
@@ -88,8 +88,8 @@ def flash_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def attend_with_weights(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `Kernel.decode`, with the weights [heads, queries, length] in float32 beside the output."""
-    logits = torch.matmul(query, keys.transpose(1, 2)) / math.sqrt(query.shape[-1])
+    """As `Kernel.decode`, with the weights [rows, heads, queries, length] in float32 beside the output."""
+    logits = torch.matmul(query, keys.transpose(2, 3)) / math.sqrt(query.shape[-1])
     if allowed is not None:
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -103,9 +103,7 @@ def eager_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | 
 
 def sdpa_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
     """torch's fused attention."""
-    query, keys, values = query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
-    mask = None if allowed is None else allowed.unsqueeze(0)
-    return scaled_dot_product_attention(query, keys, values, attn_mask=mask).squeeze(0)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=allowed)
 
 
 def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
@@ -114,8 +112,8 @@ def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | 
         return sdpa_decode(query, keys, values, allowed)
     from flash_attn import flash_attn_func
 
-    rows = (each.transpose(0, 1)[None] for each in (query, keys, values))
-    return flash_attn_func(*rows)[0].transpose(0, 1)
+    heads_last = (each.transpose(1, 2) for each in (query, keys, values))
+    return flash_attn_func(*heads_last).transpose(1, 2)
 
 
 def head_by_head(
@@ -123,10 +121,10 @@ def head_by_head(
 ) -> Tensor:
     """As `Kernel.ragged`: one call for each stored head."""
     outputs = [
-        decode(part.reshape(1, -1, part.shape[-1]), key[None], value[None], None)
+        decode(part.reshape(1, 1, -1, part.shape[-1]), key[None, None], value[None, None], None)
         for part, key, value in zip(query.split(len(query) // len(keys)), keys, values, strict=True)
     ]
-    return torch.cat(outputs, 1).view_as(query)
+    return torch.cat(outputs, 2).view_as(query)
 
 
 def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -182,11 +180,12 @@ def decode_attention(
         ]
     outputs, weights = [], []
     for (part, keys, values), allowed in zip(pieces, masks, strict=True):
-        folded = part.reshape(len(keys), -1, part.shape[-1])  # the queries of a stored head side by side
+        folded = part.reshape(1, len(keys), -1, part.shape[-1])  # the queries of a stored head side by side
+        allowed = None if allowed is None else allowed[None]
         if with_weights:
-            attended, each = attend_with_weights(folded, keys, values, allowed)
+            attended, each = attend_with_weights(folded, keys[None], values[None], allowed)
             weights.append(each.reshape(len(part), tokens, -1))
         else:
-            attended = kernel.decode(folded, keys, values, allowed)
+            attended = kernel.decode(folded, keys[None], values[None], allowed)
         outputs.append(attended.reshape(part.shape))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), weights

@@ -152,7 +152,8 @@ class SharedRoom(DenseStore):
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         super().__init__(keys, values, positions)
         assert isinstance(self._buffer, PlainBuffer)
-        self._buffer.grow(self._length + 100)
+        self._buffer.append(*(torch.zeros(len(keys), 100, keys.shape[2]) for _ in range(2)))
+        self._buffer.length -= 100
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         assert isinstance(self._buffer, PlainBuffer)
