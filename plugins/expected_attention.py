@@ -71,12 +71,16 @@ class ExpectedAttention(AttentionScoredMethod):
     def score(self, layer: LayerContext) -> Tensor:
         mean, covariance = self.future_queries(layer)
         logits = []
-        for head in range(len(mean)):  # one by one: what is looked at stays in the processor's cache
-            keys = layer.keys[head * layer.kv_heads // len(mean), self.sink_size :].float()
-            logits.append(keys @ mean[head] / math.sqrt(keys.shape[-1]))
+        for head, keys in enumerate(layer.keys[:, self.sink_size :]):  # one by one, to stay in the processor's cache
+            keys, own = (
+                keys.float(),
+                slice(head * len(mean) // layer.kv_heads, (head + 1) * len(mean) // layer.kv_heads),
+            )
+            logits.append(mean[own] @ keys.T / math.sqrt(keys.shape[-1]))
             if self.use_covariance:
-                logits[-1] += torch.linalg.vecdot(keys @ covariance[head], keys) / (2 * keys.shape[-1])
-        scores = self.per_stored_head(layer, torch.stack(logits).softmax(-1))
+                for row, scatter in zip(logits[-1], covariance[own], strict=True):
+                    row += torch.linalg.vecdot(keys @ scatter, keys) / (2 * keys.shape[-1])
+        scores = self.per_stored_head(layer, torch.cat(logits).softmax(-1))
         if self.use_vnorm:
             norms = layer.values[:, self.sink_size :].float().norm(dim=-1)
             scores = (scores + self.epsilon) * spread(norms, len(scores))
@@ -85,16 +89,15 @@ class ExpectedAttention(AttentionScoredMethod):
     def future_queries(self, layer: LayerContext) -> tuple[Tensor, Tensor]:
         """Mean [query_heads, head_dim] and covariance [query_heads, head_dim, head_dim] of the queries to come."""
         frequencies = layer.rotary_frequencies().float()
-        end = layer.positions[0, -1] + 1
-        at = torch.arange(layer.queries.shape[1], device=end.device) + end - layer.queries.shape[1]
-        seen = at >= self.sink_size
-        angles = at[seen, None] * frequencies
+        end = int(layer.positions[0, -1]) + 1
+        count = min(layer.queries.shape[1], max(end - self.sink_size, 0))  # those of no sink
+        queries = layer.queries[:, layer.queries.shape[1] - count :]
+        angles = torch.arange(end - count, end, device=queries.device)[:, None] * frequencies
         cos, sin = angles.cos(), -angles.sin()
-        mean, covariance = (
-            torch.stack(each)
-            for each in zip(*(moments(turn(one[seen].float(), cos, sin)) for one in layer.queries), strict=True)
+        mean, covariance = map(
+            torch.stack, zip(*(moments(turn(one.float(), cos, sin)) for one in queries), strict=True)
         )
-        angles = (torch.arange(self.n_future_positions, device=end.device) + end)[:, None] * frequencies
+        angles = torch.arange(end, end + self.n_future_positions, device=queries.device)[:, None] * frequencies
         cos, sin = angles.cos().mean(0), angles.sin().mean(0)
         rows = turn(covariance, cos, sin)
         return turn(mean, cos, sin), turn(rows.transpose(1, 2), cos, sin)
@@ -103,14 +106,16 @@ class ExpectedAttention(AttentionScoredMethod):
 def moments(queries: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [head_dim] and covariance [head_dim, head_dim] of queries [tokens, head_dim]."""
     mean = queries.mean(0)
-    apart = queries - mean
-    return mean, apart.T @ apart / len(queries)
+    return mean, torch.addmm(mean.outer(mean), queries.T, queries, beta=-1, alpha=1 / len(queries))
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., head_dim] with its two halves, as pairs, turned by angles of this cosine and sine [..., head_dim / 2]."""
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+    (left, right), turned = x.chunk(2, -1), torch.empty_like(x)
+    new_left, new_right = turned.chunk(2, -1)
+    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=new_right).addcmul_(left, sin)
+    return turned
 
 
 @hookimpl
