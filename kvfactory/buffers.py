@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, Self
@@ -79,10 +78,8 @@ class Stackable(ABC):
     stack: Stack | None = None
     slot: int = 0
     """Which row of the stack this is."""
-
-    @abstractmethod
-    def size(self) -> Hashable:
-        """What rows have to agree in to be put in one stack: heads, and roughly how many entries."""
+    calls: int = 1
+    """How many kernel calls these entries take by themselves."""
 
     @abstractmethod
     def head_lengths(self) -> list[int]:
@@ -91,10 +88,6 @@ class Stackable(ABC):
     @abstractmethod
     def segments(self, side: Tensor) -> list[Tensor]:
         """Of its keys or its values, the entries of each head, [length, head_dim], without the room behind them."""
-
-    def company(self) -> Hashable:
-        """What rows that attend together agree in: their stack, or else their size."""
-        return self.stack if self.stack is not None and self.stack.room else self.size()
 
     @abstractmethod
     def make_room(self, tokens: int) -> bool:
@@ -129,9 +122,6 @@ class PlainBuffer(Stackable, Buffer):
         self.keys, self.values = keys, values
         self.length = self.capacity = keys.shape[1]
         self.limit = limit
-
-    def size(self) -> Hashable:
-        return "one length", len(self.keys), size_class(self.length)
 
     def head_lengths(self) -> list[int]:
         return [self.length] * len(self.keys)
@@ -188,14 +178,11 @@ class SegmentBuffer(Stackable):
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """One [length, head_dim] tensor a head."""
         self.lengths = [len(each) for each in keys]
+        self.calls = len(keys)
         self.room = 0
         self.keys, self.values = torch.cat(list(keys)), torch.cat(list(values))
         self.starts = self._starts_with(0)
         """Where each head's segment begins in the flat tensor."""
-
-    def size(self) -> Hashable:
-        longest = size_class(max(self.lengths))
-        return "lengths", len(self.lengths), longest if longest < size_class(LONG) else tuple(self.lengths)
 
     def head_lengths(self) -> list[int]:
         return self.lengths
@@ -281,11 +268,3 @@ class Rows:
 def room_for(length: int) -> int:
     """Entries to make room for when a full buffer has to grow: an eighth more, so appending stays cheap."""
     return max(16, length // 8)
-
-
-LONG = 1024  # entries; of more, filling rows up costs more than calls of their own
-
-
-def size_class(length: int) -> float:
-    """Equal for lengths that are worth one kernel call though the shorter ones are filled up: steps of half an octave."""
-    return length if length >= LONG else math.floor(2 * math.log2(max(length, 1))) / 2

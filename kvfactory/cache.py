@@ -6,7 +6,7 @@ were seen; how many entries are stored is the stores' own business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean as mean
@@ -22,7 +22,7 @@ from .clock import now
 from .context import LayerContext, Prompt
 from .kernels import KERNELS, PromptAttention, decode_attention
 from .method import Method
-from .stacks import index_of, stack_of
+from .stacks import stacked
 from .stores import Store
 
 
@@ -150,28 +150,27 @@ class CompressedCache(Cache):
                     cache.compress(context)
             return output
         output = torch.empty_like(layer.query)
-        if together := self._together(layer):
-            index = index_of(tuple(row for rows, _ in together for row in rows), output.device)
-            sizes = [len(rows) for rows, _ in together]
+        held = self._stackable(layer)
+        together = stacked(held, self.kernel)
+        if together:
+            index = torch.tensor([row for _, rows in together for row in rows], device=output.device)
+            sizes = [len(rows) for _, rows in together]
             parts = (each.index_select(0, index).split(sizes) for each in (layer.query, layer.key, layer.value))
             attended = [
-                stack_of(held).step(self.kernel, held, *each) for (_, held), *each in zip(together, *parts, strict=True)
+                stack.step(self.kernel, [held[row] for row in rows], *each)
+                for (stack, rows), *each in zip(together, *parts, strict=True)
             ]
             output.index_copy_(0, index, torch.cat(attended))
-        for row in {*range(len(self.rows))}.difference(*(rows for rows, _ in together)):
+        for row in {*range(len(self.rows))}.difference(*(rows for _, rows in together)):
             output[row] = self._decode(row, layer)
         return output
 
-    def _together(self, layer: LayerBatch) -> list[tuple[list[int], list[Stackable]]]:
-        """Rows that attend together, two or more because they are of one size, and what they hold; by their slots."""
-        groups: dict[Hashable, list[tuple[int, Stackable]]] = {}
+    def _stackable(self, layer: LayerBatch) -> dict[int, Stackable]:
+        """What those rows hold that may append and attend together."""
         if layer.query.shape[2] > 1 or self.window is not None or any(self._padding):
-            return []
-        for row, (cache,) in enumerate(self.rows):
-            if entries := cache.stores[layer.index].stackable(cache.seen):
-                groups.setdefault(entries.company(), []).append((row, entries))
-        many = [sorted(group, key=lambda each: each[1].slot) for group in groups.values() if len(group) > 1]
-        return [([row for row, _ in group], [entries for _, entries in group]) for group in many]
+            return {}
+        held = ((row, cache.stores[layer.index].stackable(cache.seen)) for row, (cache,) in enumerate(self.rows))
+        return {row: entries for row, entries in held if entries is not None}
 
     def _prefill(self, layer: LayerBatch, contexts: list[LayerContext], mask: Tensor | None) -> Tensor:
         """The kernel's output, or a method's own in the rows that have one, zero where they are padded."""

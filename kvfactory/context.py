@@ -144,16 +144,21 @@ class LayerContext:
             from .triton_kernels import attention_mass  # late: without a GPU nobody waits for Triton's import
 
             return attention_mass(self.queries, self.keys)
-        chunk = 2 * QUERY_CHUNK  # rows of one KV head stay in cache all the same, and wide products are faster
         mass = self.queries.new_zeros(self.query_heads, self.num_tokens, dtype=torch.float32)
-        for rows, head in zip(mass.unflatten(0, (self.kv_heads, -1)), self.stored_heads(self.kv_heads), strict=True):
+        rows_of_heads = mass.unflatten(0, (self.kv_heads, -1))
+        chunk = 2 * QUERY_CHUNK  # rows of one KV head stay in cache all the same, and wide products are faster
+        work = mass.new_empty(rows_of_heads.shape[1] * chunk * self.num_tokens)
+        for rows, head in zip(rows_of_heads, self.stored_heads(self.kv_heads), strict=True):
             for start in range(0, self.num_tokens, chunk):
                 stop = min(start + chunk, self.num_tokens)
-                rows[:, :stop] += head._attention(start, stop).sum(1)
+                rows[:, :stop] += head._attention(start, stop, work).sum(1)
         return mass
 
-    def _attention(self, start: int, stop: int | None = None) -> Tensor:
-        """Causal attention weights of queries start..stop over keys 0..stop, [query_heads, stop - start, stop], float32."""
+    def _attention(self, start: int, stop: int | None = None, work: Tensor | None = None) -> Tensor:
+        """Causal attention weights of queries start..stop over keys 0..stop, [query_heads, stop - start, stop], float32.
+
+        They are written into `work`, flat and large enough, if it is given: new memory is slower than what is done in it.
+        """
         stop = self.num_tokens if stop is None else stop
         keys = self.shared("keys in float32", self.keys.float)
         before = self.num_tokens - self.queries.shape[1]  # tokens whose queries are gone
@@ -163,9 +168,11 @@ class LayerContext:
             )
         queries = self.queries[:, start - before : stop - before].float() / math.sqrt(self.queries.shape[-1])
         folded = queries.reshape(self.kv_heads, -1, queries.shape[-1])
-        logits = (folded @ keys[:, :stop].transpose(1, 2)).view(self.query_heads, stop - start, stop)
+        out = None if work is None else work[: self.query_heads * (stop - start) * stop].view(*folded.shape[:2], stop)
+        logits = torch.matmul(folded, keys[:, :stop].transpose(1, 2), out=out)
+        logits = logits.view(self.query_heads, stop - start, stop)
         logits[:, :, start:] += torch.full((stop - start, stop - start), -math.inf, device=logits.device).triu(1)
-        return logits.softmax(-1)
+        return torch.softmax(logits, -1, out=None if work is None else logits)
 
     def stored_heads(self, heads: int) -> Iterator[Self]:
         """The layer once for each stored head, with that head alone in it."""

@@ -9,8 +9,7 @@ What company costs, such as room behind the shorter rows, is no row's: a store c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,10 @@ from .buffers import Stackable, room_for
 
 if TYPE_CHECKING:
     from .kernels import Kernel
+
+
+CALL = 1024
+"""What a kernel call of its own costs, in entries of a head that are attended to in the meantime; measured on a CPU."""
 
 
 class Stack:
@@ -60,7 +63,8 @@ class Stack:
 
         Tensors [rows, heads, 1, head_dim]; returns one shaped like the query.
         """
-        slots = None if len(held) == self.slots else index_of(tuple(each.slot for each in held), query.device)
+        left = len(held) < self.slots
+        slots = torch.tensor([each.slot for each in held], device=query.device) if left else None
         ends = self._ends if slots is None else self._ends[slots]
         for entries, new in ((self.keys, key), (self.values, value)):
             each_head = spread(new, ends.shape[1])
@@ -90,18 +94,52 @@ class Stack:
         return kernel.decode(folded, keys, values, own).reshape(query.shape)
 
 
-def stack_of(held: Sequence[Stackable]) -> Stack:
-    """The stack that these lie in, or a new one: if there is none, if most of its rows have left, or if it is full."""
-    stack = held[0].company()
-    if isinstance(stack, Stack) and 2 * len(held) > stack.slots:
-        return stack
-    return Stack(held)
+def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, list[int]]]:
+    """The stacks in which rows of a batch attend, old ones and new, and the rows of each in the order of their slots.
+
+    A row that is better off alone is in none. `held` has the entries of all rows by row.
+    """
+    old: dict[Stack, list[int]] = {}
+    free: dict[int, list[int]] = {}  # by the number of heads
+    for row, each in held.items():
+        if each.stack is not None and each.stack.room:
+            old.setdefault(each.stack, []).append(row)
+        else:
+            free.setdefault(len(each.head_lengths()), []).append(row)
+    for stack, rows in [*old.items()]:
+        if 2 * len(rows) <= stack.slots:  # most have left
+            free.setdefault(stack.keys.shape[1], []).extend(old.pop(stack))
+    found = [(stack, sorted(rows, key=lambda row: held[row].slot)) for stack, rows in old.items()]
+    for rows in free.values():
+        groups = divided({row: held[row] for row in rows}, kernel)
+        found += [(Stack([held[row] for row in group]), group) for group in groups]
+    return found
 
 
-@lru_cache(maxsize=4096)
-def index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """These as an int64 tensor; a batch asks for the same ones in each layer and step."""
-    return torch.tensor(numbers, device=device)
+def divided(held: Mapping[int, Stackable], kernel: Kernel) -> list[list[int]]:
+    """Rows of equally many heads in groups that are worth a stack each, at the least cost of calls and of filling up.
+
+    A kernel without masks gets rows of one length alone, as it would leave others to another kernel.
+    """
+    lengths = {row: each.head_lengths() for row, each in held.items()}
+    rows = sorted(held, key=lambda row: max(lengths[row]), reverse=True)
+    cost, ends = [0.0] * (len(rows) + 1), [0] * len(rows)  # of all rows from this one on, and where its group ends
+    for first in reversed(range(len(rows))):
+        longest = max(lengths[rows[first]])
+        cost[first], ends[first] = held[rows[first]].calls * CALL + cost[first + 1], 0  # alone
+        group = float(CALL)
+        for end, row in enumerate(rows[first:], first + 1):
+            group += sum(longest - length for length in lengths[row])
+            if group >= cost[first] or (group > CALL and not kernel.masks):
+                break
+            if group + cost[end] < cost[first]:
+                cost[first], ends[first] = group + cost[end], end
+    groups, first = [], 0
+    while first < len(rows):
+        if ends[first]:
+            groups.append(rows[first : ends[first]])
+        first = ends[first] or first + 1
+    return groups
 
 
 def spread(new: Tensor, heads: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise, product
 
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from kvfactory import DenseStore, Engine, RaggedStore, Store, load_method
 from kvfactory.buffers import Stackable
 from kvfactory.cache import CompressedCache, LayerBatch, SequenceCache
 from kvfactory.kernels import KERNELS
-from kvfactory.stacks import Stack, stack_of
+from kvfactory.stacks import CALL, Stack, divided, stacked
 from kvfactory.testing import tiny_model, tiny_prompts
 
 KV_HEADS, GROUP, DIM = 2, 3, 8
@@ -95,7 +97,7 @@ def entries_of(row: SequenceCache) -> Stackable:
 
 def test_rows_of_about_one_size_share_a_kernel_call_and_their_room() -> None:
     generator = torch.Generator().manual_seed(1)
-    rows = [sequence(make(length, generator)) for make in (dense, skewed) for length in (16, 18, 33, 17)]
+    rows = [sequence(make(length, generator)) for make in (dense, skewed) for length in (16, 18, 200, 17)]
     kernel, calls = KERNELS["sdpa"], []
     cache = CompressedCache([[row] for row in rows], "sdpa", None)
     cache.kernel = replace(kernel, decode=lambda *given: calls.append(given[0].shape) or kernel.decode(*given))
@@ -105,19 +107,54 @@ def test_rows_of_about_one_size_share_a_kernel_call_and_their_room() -> None:
         cache.attend(token(len(rows), generator), None)
         cache.end(1)
         moves.add(entries_of(rows[0]).keys.untyped_storage().data_ptr())
-    assert calls.count((3, KV_HEADS, GROUP, DIM)) >= 2 * 17, "until rows of length 33 are of a size with longer ones"
-    assert len(calls) <= 40 * 3, "the ragged row of length 33 takes no such call"
+    assert sorted(calls) == [(2, KV_HEADS, GROUP, DIM)] * 40 + [(6, KV_HEADS, GROUP, DIM)] * 40
     assert len(moves) <= 3, "a step writes into the room there is"
-    assert len({entries_of(rows[each]).keys.untyped_storage().data_ptr() for each in (0, 1, 3)}) == 1
+    assert len({entries_of(rows[each]).keys.untyped_storage().data_ptr() for each in (0, 1, 3, 4, 5, 7)}) == 1
 
 
-def test_long_rows_are_not_filled_up() -> None:
+def test_long_rows_are_filled_up_by_little_and_longer_heads_stay_apart() -> None:
     generator = torch.Generator().manual_seed(3)
-    for make in (dense, skewed):
-        rows = [sequence(make(length, generator), 5000) for length in (2000, 2004, 2000)]
-        step(rows, token(3, generator))
-        first, second, third = (entries_of(row).stack for row in rows)
-        assert first is third is not None and second is None
+    for make, shared in ((dense, [True, True, False, True]), (skewed, [False] * 4)):
+        rows = [sequence(make(length, generator), 5000) for length in (2000, 2004, 2600, 2000)]
+        step(rows, token(4, generator))
+        stacks = [entries_of(row).stack for row in rows]
+        assert [each is not None for each in stacks] == shared
+        assert len({each for each in stacks if each is not None}) <= 1
+
+
+def cost(groups: list[list[int]], held: dict[int, Stackable]) -> int:
+    """Of calls and of filling up, in entries of a head; rows in no group are alone."""
+    alone = sum(held[row].calls for row in held if not any(row in group for group in groups))
+    filled = 0
+    for group in groups:
+        lengths = [each for row in group for each in held[row].head_lengths()]
+        filled += len(lengths) * max(lengths) - sum(lengths)
+    return CALL * (alone + len(groups)) + filled
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([dense, ragged]), st.integers(1, 900)), min_size=1, max_size=6), st.integers()
+)
+def test_no_division_into_neighbours_costs_less(made: list[tuple[Callable[..., Store], int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed % 1000)
+    held = {row: entries_of(sequence(make(length, generator))) for row, (make, length) in enumerate(made)}
+    order = sorted(held, key=lambda row: -max(held[row].head_lengths()))
+    least = min(
+        cost([part for part, stacks in zip(parts, chosen, strict=True) if stacks], held)
+        for cuts in product([False, True], repeat=len(order) - 1)
+        for parts in [split(order, cuts)]
+        for chosen in product([False, True], repeat=len(parts))
+    )
+    assert cost(divided(held, KERNELS["sdpa"]), held) == least
+    alike = divided(held, KERNELS["flash_attention_2"])
+    assert all(cost([group], {row: held[row] for row in group}) == CALL for group in alike), "nothing is filled up"
+
+
+def split(order: list[int], cuts: tuple[bool, ...]) -> list[list[int]]:
+    """The list cut where it is said, between one and the next."""
+    ends = [place for place, cut in enumerate(cuts, 1) if cut]
+    return [order[a:b] for a, b in pairwise([0, *ends, len(order)])]
 
 
 def test_slots_of_rows_that_left_are_given_up_when_they_are_half() -> None:
@@ -132,7 +169,8 @@ def test_slots_of_rows_that_left_are_given_up_when_they_are_half() -> None:
         step(rows[:3], token(3, generator))
         stack = entries_of(rows[0]).stack
         assert stack is not first and stack is not None and stack.slots == 3
-        assert stack_of([entries_of(rows[5]), entries_of(rows[4])]) is not first, "they were left out of a step"
+        (other, slots), *_ = stacked({0: entries_of(rows[5]), 1: entries_of(rows[4])}, KERNELS["sdpa"])
+        assert other is not first and slots == [0, 1] and other.slots == 2
 
 
 def test_the_engine_forms_stacks_and_says_the_same() -> None:
@@ -143,7 +181,6 @@ def test_the_engine_forms_stacks_and_says_the_same() -> None:
     rows = engine.prefill(ids, methods)
     together = engine.decode(rows, 12)
     held = [row.cache.stores[0].stackable(row.cache.seen) for row in rows]
-    stacks = [each.stack for each in held if each is not None]
-    assert stacks[0] is not None and stacks[0] is stacks[1] is stacks[3]
-    assert stacks[4] is None and stacks[5] is None
+    stacks = {each.stack for each in held if each is not None}
+    assert len(stacks) == 1 and None not in stacks
     assert together == [engine.decode(engine.prefill(ids, [method]), 12)[0] for method in methods]
