@@ -182,8 +182,9 @@ class NonUniformColumn(Column):
 
     def decoded(self) -> Tensor:
         lower, upper = self.ranges.of_entries()
-        x = self.table.levels.take(unpack(self.packed, self.bits).long()) * (upper - lower) / 2 + (upper + lower) / 2
-        return self.outliers.put_into(x)
+        index = unpack(self.packed, self.bits)
+        x = self.table.levels.index_select(0, index.flatten().int()).view(index.shape)
+        return self.outliers.put_into(x.mul_((upper - lower) / 2).add_((upper + lower) / 2))
 
     def keep(self, index: Tensor) -> NonUniformColumn:
         kept = entries(self.packed, index), self.ranges.keep(index), self.outliers.keep(index)

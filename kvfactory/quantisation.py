@@ -66,11 +66,12 @@ class UniformColumn(Column):
     def decoded(self) -> Tensor:
         levels, scale, least = self._levels(), self.scale.float(), self.least.float()
         if self.groups is None:
-            return self._scaled(levels, scale) + _of_channels(least, self.group_size, levels.shape[-1])
+            return self._scaled(levels, scale).add_(_of_channels(least, self.group_size, levels.shape[-1]))
         if size := self.groups.size:
-            return torch.addcmul(least[:, :, None], levels.unflatten(1, (-1, size)), scale[:, :, None]).flatten(1, 2)
+            levels.unflatten(1, (-1, size)).mul_(scale[:, :, None]).add_(least[:, :, None])
+            return levels
         index = self.groups.index()
-        return levels * entries(scale, index) + entries(least, index)
+        return levels.mul_(entries(scale, index)).add_(entries(least, index))
 
     def _levels(self, start: int = 0, end: int | None = None) -> Tensor:
         """Those of entries start..end, [heads, entries, head_dim], float32."""

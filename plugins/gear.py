@@ -77,12 +77,12 @@ class GEARColumn(Column):
     outliers: Sparse
 
     def decoded(self) -> Tensor:
-        directions = self.directions.float()
+        decoded, rows, directions = self.levels.decoded(), self.rows.float(), self.directions.float()
         if directions.shape[1] == 1:
-            low = self.rows.float() @ directions[:, 0].transpose(1, 2)
+            decoded.baddbmm_(rows, directions[:, 0].transpose(1, 2))
         else:
-            low = (entries(directions, self.blocks.index()) @ self.rows.float()[..., None])[..., 0]
-        return self.outliers.put_into(self.levels.decoded() + low)
+            decoded += (entries(directions, self.blocks.index()) @ rows[..., None])[..., 0]
+        return self.outliers.put_into(decoded)
 
     def keep(self, index: Tensor) -> GEARColumn:
         blocks, left = self.blocks.keep(index)
