@@ -188,7 +188,7 @@ class Engine:
         """One token for every row; returns the rows that go on. Between steps rows may leave and others join."""
         self.feed([row.sequence for row in rows if row.sequence.logits is None])
         self._force([row for row in rows if row.targets])
-        chosen = torch.stack([self._candidates(row) for row in rows]).argmax(-1).tolist()
+        chosen = torch.stack([self._candidates(row).argmax() for row in rows]).tolist()
         for row, likeliest in zip(rows, chosen, strict=True):
             token = row.targets[row.made] if row.targets else likeliest
             row.made += 1
