@@ -9,10 +9,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 PAIRS = 1 << 20
 """Query-key pairs that are held at once: what bounds memory."""
+MUCH = 0.6
+"""Of all keys: where a block of queries reads more, they are masked and not gathered; measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class Lines:
         on_slash = self.on_slash[:, : runs.shape[1]] & (runs >= 0)[:, None]
         return torch.cat([columns.expand(len(queries), -1), runs], 1), torch.cat([in_column, on_slash], 2)
 
+    def seen(self, start: int, stop: int) -> Tensor:
+        """See `Blocks.seen`."""
+        count = stop - start
+        # backwards: one row further down is one diagonal on, so rows are views of one vector, each a step ahead
+        behind = pad(self.slashes[:stop].flip(0), (0, count - 1))
+        on_slash = behind.as_strided((count, stop), (1, 1)).flip(0)
+        column = torch.zeros(stop, dtype=torch.bool, device=behind.device)
+        column[self.columns[self.columns < stop]] = True
+        return on_slash | column
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -80,6 +92,12 @@ class Blocks:
         at = (mine[:, :, None] * self.size + torch.arange(self.size, device=mine.device)).flatten(1)
         return at, queries[:, :, None] >= at[:, None]
 
+    def seen(self, start: int, stop: int) -> Tensor:
+        """Which keys before `stop` the queries start..stop see, bool [queries, stop]; of those behind a query anything."""
+        mine = self.chosen[start // self.size : -(-stop // self.size)]
+        blocks = torch.zeros(len(mine), len(self.chosen), dtype=torch.bool, device=mine.device).scatter_(1, mine, True)
+        return blocks.repeat_interleave(self.size, 0).repeat_interleave(self.size, 1)[: stop - start, :stop]
+
 
 Choice = Lines | Blocks
 
@@ -97,6 +115,12 @@ def gathered(choice: Choice, tokens: int, device: torch.device) -> Iterator[tupl
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) -> Tensor:
     """Attention of one head, [tokens, dim] all, over what was chosen alone."""
+    way = masked_attention if choice.width > MUCH * len(query) else gathered_attention
+    return way(query, key, value, choice)
+
+
+def gathered_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) -> Tensor:
+    """As `sparse_attention`, with keys and values gathered for each block of queries."""
     tokens = len(query)
     scaled = pad(query / math.sqrt(query.shape[-1]), (0, 0, 0, -tokens % choice.size))
     outputs = []
@@ -106,3 +130,16 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) 
         weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(value.dtype)
         outputs.append(torch.matmul(weights, value[at]).flatten(0, 1))
     return torch.cat(outputs)[:tokens]
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) -> Tensor:
+    """As `sparse_attention`, with a mask over all keys, which pays where most of them are chosen."""
+    tokens, outputs = len(query), []
+    together = max(1, PAIRS // tokens // choice.size) * choice.size
+    for start in range(0, tokens, together):
+        stop = min(start + together, tokens)
+        seen = choice.seen(start, stop)
+        seen[:, start:] &= torch.ones(stop - start, stop - start, dtype=torch.bool, device=seen.device).tril()
+        some, keys, values = query[None, None, start:stop], key[None, None, :stop], value[None, None, :stop]
+        outputs.append(scaled_dot_product_attention(some, keys, values, attn_mask=seen)[0, 0])
+    return torch.cat(outputs)

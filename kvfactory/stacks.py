@@ -132,7 +132,7 @@ def divided(held: Mapping[int, Stackable], kernel: Kernel) -> list[list[int]]:
             group += sum(longest - length for length in lengths[row])
             if group >= cost[first] or (group > CALL and not kernel.masks):
                 break
-            if group + cost[end] < cost[first]:
+            if end > first + 1 and group + cost[end] < cost[first]:  # a row alone is to hold nothing but its own
                 cost[first], ends[first] = group + cost[end], end
     groups, first = [], 0
     while first < len(rows):

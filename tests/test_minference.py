@@ -25,7 +25,7 @@ import kvfactory.sparse
 from kvfactory import Engine, LayerContext, Method, Sequence, compress, load_method
 from kvfactory.errors import UserError
 from kvfactory.kernels import PromptAttention
-from kvfactory.sparse import Blocks, Lines, sparse_attention
+from kvfactory.sparse import Blocks, Lines, gathered_attention, masked_attention
 from kvfactory.testing import MethodContract, generate, tiny_model, tiny_prompts
 from scripts import load_script
 
@@ -67,6 +67,9 @@ def seen(choice: Lines | Blocks | None, tokens: int) -> Tensor:
     return causal & chosen.repeat_interleave(choice.size, 0).repeat_interleave(choice.size, 1)[:tokens, :tokens]
 
 
+WAYS = (gathered_attention, masked_attention)
+
+
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention under a mask, float64, all [tokens, dim]."""
     logits = query.double() @ key.double().T / math.sqrt(query.shape[-1])
@@ -83,8 +86,8 @@ def test_columns_and_diagonals_are_the_authors(shared: Path, case: str) -> None:
     assert isinstance(choice, Lines)
     assert torch.equal(choice.columns, golden["out_vertical"].long())
     assert torch.equal(choice.slashes.nonzero().flatten(), golden["out_slash"].long())
-    output = sparse_attention(query, key, value, choice)
-    torch.testing.assert_close(output, golden["out_out_token_mask"], rtol=1e-4, atol=1e-5)
+    for way in WAYS:
+        torch.testing.assert_close(way(query, key, value, choice), golden["out_out_token_mask"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["b16_top4", "b32_top3"])
@@ -119,8 +122,8 @@ def test_every_pattern_is_its_mask(
         assert torch.equal(mask, (behind >= 0) & ((behind < sizes[1]) | (torch.arange(tokens) < sizes[0])))
     if kind != "block_sparse":
         assert mask.diagonal().all(), "a token sees itself"
-    if choice is not None:
-        output = sparse_attention(query, key, value, choice)
+    for way in WAYS if choice is not None else ():
+        output = way(query, key, value, choice)
         torch.testing.assert_close(output.double(), plain(query, key, value, mask), rtol=1e-4, atol=1e-5)
 
 
@@ -142,10 +145,11 @@ def test_work_done_piece_by_piece_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     for kind in minference.KINDS:
         choice = sparse().choose(Pattern(kind, 5, 20), query, key)
         assert choice is not None
-        whole = sparse_attention(query, key, value, choice)
+        wholes = [way(query, key, value, choice) for way in WAYS]
         with monkeypatch.context() as patched:
             patched.setattr(kvfactory.sparse, "PAIRS", 1)
-            torch.testing.assert_close(sparse_attention(query, key, value, choice), whole)
+            for way, whole in zip(WAYS, wholes, strict=True):
+                torch.testing.assert_close(way(query, key, value, choice), whole)
 
 
 def test_memory_never_grows_with_the_square_of_the_prompt() -> None:

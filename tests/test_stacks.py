@@ -141,7 +141,7 @@ def test_no_division_into_neighbours_costs_less(made: list[tuple[Callable[..., S
     held = {row: entries_of(sequence(make(length, generator))) for row, (make, length) in enumerate(made)}
     order = sorted(held, key=lambda row: -max(held[row].head_lengths()))
     least = min(
-        cost([part for part, stacks in zip(parts, chosen, strict=True) if stacks], held)
+        cost([part for part, stacks in zip(parts, chosen, strict=True) if stacks and len(part) > 1], held)
         for cuts in product([False, True], repeat=len(order) - 1)
         for parts in [split(order, cuts)]
         for chosen in product([False, True], repeat=len(parts))
