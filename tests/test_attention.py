@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvfactory import DenseStore, Engine, LayerContext, Method, Store, UserError, compress, load_method
+from kvfactory.kernels import KERNELS
 from kvfactory.testing import TINY_CONFIGS, generate, tiny_model, tiny_prompts
 
 FAMILIES = sorted(TINY_CONFIGS)
@@ -531,3 +532,21 @@ def test_half_precision_on_a_gpu(kernel: str, dtype: torch.dtype) -> None:
     if kernel == "flash_attention_2":
         pytest.importorskip("flash_attn")
     half_precision_is_the_stock_model("cuda", kernel, dtype)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_decode_kernel_is_plain_attention(kernel: str, dtype: torch.dtype, queries: int) -> None:
+    generator = torch.Generator().manual_seed(queries)
+    query, keys, values = (torch.randn(2, 3, count, 16, generator=generator).to(dtype) for count in (queries, 40, 40))
+    allowed = torch.arange(40) < torch.tensor([40, 25])[:, None, None, None]
+    for mask in (None, allowed):
+        logits = query.double() @ keys.double().transpose(2, 3) / 4
+        logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+        output = KERNELS[kernel].decode(query, keys, values, mask)
+        assert output.shape == query.shape and output.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(
+            output.double(), logits.softmax(-1) @ values.double(), rtol=tolerance, atol=tolerance
+        )
