@@ -71,14 +71,14 @@ class ExpectedAttention(AttentionScoredMethod):
     def score(self, layer: LayerContext) -> Tensor:
         mean, covariance = self.future_queries(layer)
         logits = []
-        for head, keys in enumerate(layer.keys[:, self.sink_size :]):  # one by one, to stay in the processor's cache
-            keys, own = (
-                keys.float(),
-                slice(head * len(mean) // layer.kv_heads, (head + 1) * len(mean) // layer.kv_heads),
-            )
-            logits.append(mean[own] @ keys.T / math.sqrt(keys.shape[-1]))
+        heads = zip(
+            layer.keys[:, self.sink_size :], mean.chunk(layer.kv_heads), covariance.chunk(layer.kv_heads), strict=True
+        )
+        for own, means, scatters in heads:  # one by one, to stay in the processor's cache
+            keys = own.float()
+            logits.append(means @ keys.T / math.sqrt(keys.shape[-1]))
             if self.use_covariance:
-                for row, scatter in zip(logits[-1], covariance[own], strict=True):
+                for row, scatter in zip(logits[-1], scatters, strict=True):
                     row += torch.linalg.vecdot(keys @ scatter, keys) / (2 * keys.shape[-1])
         scores = self.per_stored_head(layer, torch.cat(logits).softmax(-1))
         if self.use_vnorm:
