@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 import torch
-from rounds import common_options, lines_of, load, prompt_of, show, take_turns, where
+from rounds import common_options, engine_of, lines_of, load, prompt_of, show, take_turns, where
 from transformers import DynamicCache, PreTrainedModel
 
 from kvfactory import Engine, Sequence
@@ -81,7 +81,7 @@ def main(
     file: Path | None,
 ) -> None:
     model, tokenizer = load(model_path, dtype, threads)
-    engine = Engine(model, tokenizer)
+    engine = engine_of(model, tokenizer)
     ids = prompt_of(tokenizer, tokens)
     alone = prefilled(engine, ids, method, [budget])
     kinds: dict[str, Callable[[], Any]] = {
@@ -89,12 +89,12 @@ def main(
         for name, each in alone.items()  # type: ignore[misc]
     }
     kinds["stock transformers"] = stock_step(model, ids)
-    kinds["no cache, 1 row"] = step_without_cache(model, 1)
+    kinds["no cache, 1 row"] = step_without_cache(engine.model, 1)
     if rows:
         made = prefilled(engine, prompt_of(tokenizer, MIXED_TOKENS), mixed, [64, 128, 256])
         many = [each.fork() for each in islice(cycle(made.values()), rows)]
         full = engine.prefill(prompt_of(tokenizer, MIXED_TOKENS), [alone_method(alone)])
-        kinds[f"no cache, {rows} rows"] = step_without_cache(model, rows)
+        kinds[f"no cache, {rows} rows"] = step_without_cache(engine.model, rows)
         kinds[f"{rows} mixed rows at {MIXED_TOKENS}"] = lambda: engine.decode(many, 1)
         kinds[f"1 row at {MIXED_TOKENS}"] = lambda: engine.decode(full, 1)
     lines = lines_of(take_turns(kinds, 4 * repeats, engine.device, uncounted=3), next(iter(kinds)))

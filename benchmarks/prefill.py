@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 import torch
-from rounds import common_options, load, prompt_of, show, take_turns, where
+from rounds import common_options, engine_of, load, prompt_of, show, take_turns, where
 
-from kvfactory import Engine, Sequence, load_method
+from kvfactory import Sequence, load_method
 from kvfactory.jobs import make_jobs
 from kvfactory.kernels import PromptAttention
 from kvfactory.registry import get_registry
@@ -44,7 +44,7 @@ def main(
     file: Path | None,
 ) -> None:
     model, tokenizer = load(model_path, dtype, threads)
-    engine, ids = Engine(model, tokenizer), prompt_of(tokenizer, tokens)
+    engine, ids = engine_of(model, tokenizer), prompt_of(tokenizer, tokens)
     jobs = make_jobs(get_registry(), method.split(","), [budget])
     full, prompt = load_method("fullkv"), torch.tensor([ids], device=model.device)
     runs: list[list[Sequence]] = []

@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfactory import load_model
+from kvfactory import Engine, load_model
 from kvfactory.clock import now
+from kvfactory.inference import for_inference
 from kvfactory.models import default_threads
 
 COMMON = [
@@ -40,6 +42,11 @@ def load(model_path: str | None, dtype: str, threads: int | None) -> tuple[PreTr
     """The model, on as many threads."""
     torch.set_num_threads(threads or default_threads())
     return load_model(model_path, dtype=dtype)
+
+
+def engine_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine as commands have it, with a copy of the model; the model itself stays as stock transformers has it."""
+    return Engine(for_inference(deepcopy(model)), tokenizer)
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:

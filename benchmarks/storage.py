@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfactory import Engine, load_model
+from kvfactory.inference import for_inference
 from kvfactory.jobs import make_jobs
 from kvfactory.models import default_threads
 from kvfactory.registry import get_registry
@@ -99,7 +100,7 @@ def main(
     model, tokenizer = load_model(model_path, dtype=dtype)
     text = " ".join(topics[name] for name in sorted(topics))
     ids = tokenizer.encode(text, truncation=True, max_length=tokens)
-    lines = measure(Engine(model, tokenizer), ids, method.split(","), budget, new_tokens, repeats)
+    lines = measure(Engine(for_inference(model), tokenizer), ids, method.split(","), budget, new_tokens, repeats)
     title = f"{len(ids)} tokens, {str(model.dtype).removeprefix('torch.')}, {model.device}, budget {budget}"
     table = Table("method", "of full", "compress s", "step ms", "times FullKV", title=title)
     for line in lines:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 import torch
-from rounds import common_options, lines_of, load, prompt_of, show, take_turns, where
+from rounds import common_options, engine_of, lines_of, load, prompt_of, show, take_turns, where
 
 from kvfactory import Engine, Sequence
 from kvfactory.clock import now
@@ -65,7 +65,7 @@ def main(
     file: Path | None,
 ) -> None:
     model, tokenizer = load(model_path, dtype, threads)
-    engine, ids = Engine(model, tokenizer), prompt_of(tokenizer, tokens)
+    engine, ids = engine_of(model, tokenizer), prompt_of(tokenizer, tokens)
     prompt = torch.tensor([ids], device=model.device)
     jobs = make_jobs(get_registry(), method.split(","), [int(each) for each in budgets.split(",")])
     exact = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}

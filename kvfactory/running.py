@@ -21,6 +21,7 @@ from .chunks import take_in_chunks
 from .engine import Engine
 from .environment import environment
 from .errors import Interrupted, require
+from .inference import for_inference
 from .progress import RunProgress, shown
 from .registry import Registry
 from .report.terminal import print_table, wide_console
@@ -61,7 +62,7 @@ def run_sweep(name: str, runner: Runner, flags: dict[str, Any], settings: dict[s
         if folder.notice:
             print(f"notice: {folder.notice}", file=sys.stderr)
         sweep = (runner.sweep or Sweep)(
-            Engine(model, tokenizer),
+            Engine(for_inference(model), tokenizer),
             tokenizer,
             benchmark,
             jobs,

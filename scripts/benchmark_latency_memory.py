@@ -24,6 +24,7 @@ from kvfactory.chat import check_window
 from kvfactory.cli import GroupedCommand, method_options, part_options, registry_for, run_command
 from kvfactory.errors import require
 from kvfactory.flag_types import BudgetType, OutputFile, PositiveInt
+from kvfactory.inference import for_inference
 from kvfactory.jobs import Job, make_jobs
 from kvfactory.models import EMBEDDED, default_threads
 from kvfactory.registry import Registry
@@ -86,7 +87,7 @@ def benchmark(job: Job, flags: dict[str, Any]) -> dict[str, Any]:
     ids, new_tokens = tokenizer.encode(text, verbose=False), flags["max_new_tokens"]
     require(bool(ids), "the prompt is empty; give --prompt or --prompt_file some text")
     check_window(model.config, len(ids) + new_tokens, f"the prompt and --max_new_tokens {new_tokens}")
-    engine = Engine(model, tokenizer)
+    engine = Engine(for_inference(model), tokenizer)
     runs = [measure(engine, [ids], job.method, new_tokens) for _ in range(flags["warmup"] + flags["repeat"])]
     size, counted = runs[0].size, [facts(run, len(ids), new_tokens) for run in runs[flags["warmup"] :]]
     if job.budget is not None and not size["evicted"]:

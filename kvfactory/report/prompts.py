@@ -21,6 +21,7 @@ from kvfactory.chat import chat_ids, check_window
 from kvfactory.cli import sweep_options
 from kvfactory.engine import Engine
 from kvfactory.errors import UserError, require
+from kvfactory.inference import for_inference
 from kvfactory.models import default_threads, load_model
 from kvfactory.runner import CHAT_TEMPLATE, chat_template
 
@@ -54,7 +55,8 @@ def read_prompt(flags: Mapping[str, Any], default: str) -> str:
 def load_engine(flags: Mapping[str, Any]) -> Engine:
     """The model that the flags name."""
     torch.set_num_threads(default_threads())
-    return Engine(*load_model(flags["model_path"], dtype=flags["dtype"], device=flags["device"]))
+    model, tokenizer = load_model(flags["model_path"], dtype=flags["dtype"], device=flags["device"])
+    return Engine(for_inference(model), tokenizer)
 
 
 def prompt_ids(engine: Engine, text: str, flags: Mapping[str, Any]) -> list[int]:
