@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from .cache import CompressedCache, LayerBatch, SequenceCache
 from .errors import UserError, unknown
+from .kernels import kernel_of
 from .method import Method
 from .stores import Store
 
@@ -179,7 +180,8 @@ class Patch:
 
     def new_cache(self, rows: list[list[SequenceCache]]) -> CompressedCache:
         config = self.model.config
-        cache = CompressedCache(rows, config._attn_implementation, self.family.sliding_window(config))
+        kernel = kernel_of(config._attn_implementation, self.model.dtype, self.model.device)
+        cache = CompressedCache(rows, kernel, self.family.sliding_window(config))
         cache.inverse_frequencies = self._inverse_frequencies()
         return cache
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from .buffers import Stackable
 from .clock import now
 from .context import LayerContext, Prompt
-from .kernels import KERNELS, PromptAttention, decode_attention
+from .kernels import Kernel, PromptAttention, decode_attention
 from .method import Method
 from .stacks import stacked
 from .stores import Store
@@ -83,11 +83,11 @@ class CompressedCache(Cache):
     The caches of a row share its prefill, so they have equal `prompt_attention`.
     """
 
-    def __init__(self, rows: list[list[SequenceCache]], kernel: str, window: int | None) -> None:
-        """`kernel` is an `attn_implementation`, `window` the sliding window the model's attention has, if any."""
+    def __init__(self, rows: list[list[SequenceCache]], kernel: Kernel, window: int | None) -> None:
+        """`window` is the sliding window the model's attention has, if any."""
         super().__init__()
         self.rows = rows
-        self.kernel = KERNELS[kernel]
+        self.kernel = kernel
         self.window = window
         self.inverse_frequencies: Tensor | None = None
         self._padding = [0] * len(rows)  # leading tokens of this pass that are no real tokens, by row

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -31,10 +32,19 @@ class Kernel:
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(query [rows, heads, queries, dim], keys and values [rows, heads, length, dim], allowed bool [rows, heads, queries,
     length], each of its first three perhaps 1, or None) -> output shaped like the query."""
+    newest: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """`decode` of tokens that see all there is: of lengths [rows, heads], int64, or all that there is room for if None."""
     ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
     masks: bool = True
-    """Whether `decode` itself takes a mask; else what is allowed goes to another kernel."""
+    """Whether lengths that differ are its own business; else they go to another kernel."""
+    call: int = 1024
+    """What a call costs, in entries of room behind shorter heads that cost as much; measured on a CPU."""
+
+
+COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+COMPILED_CALL = 16384
+"""`Kernel.call` where room costs memory alone."""
 
 
 @runtime_checkable
@@ -120,6 +130,20 @@ def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | 
     return flash_attn_func(*heads_last).transpose(1, 2)
 
 
+def by_mask(
+    decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+) -> Tensor:
+    """As `Kernel.newest`, by a `Kernel.decode`."""
+    if lengths is None:
+        return decode(query, keys, values, None)
+    own = torch.arange(keys.shape[2], device=keys.device) < lengths[..., None]
+    return decode(query, keys, values, own[:, :, None])
+
+
 def head_by_head(
     decode: Callable[[Tensor, Tensor, Tensor, None], Tensor], query: Tensor, keys: list[Tensor], values: list[Tensor]
 ) -> Tensor:
@@ -143,11 +167,26 @@ def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
     return flash_attn_varlen_func(folded, *flat, starts, ends, 1, max(lengths)).view_as(query)
 
 
+def in_torch(prefill: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Kernel:
+    """A kernel made of two functions."""
+    return Kernel(prefill, decode, partial(by_mask, decode), partial(head_by_head, decode))
+
+
 KERNELS = {
-    "eager": Kernel(eager_prefill, eager_decode, partial(head_by_head, eager_decode)),
-    "sdpa": Kernel(sdpa_prefill, sdpa_decode, partial(head_by_head, sdpa_decode)),
-    "flash_attention_2": Kernel(flash_prefill, flash_decode, flash_ragged, masks=False),
+    "eager": in_torch(eager_prefill, eager_decode),
+    "sdpa": in_torch(sdpa_prefill, sdpa_decode),
+    "flash_attention_2": replace(in_torch(flash_prefill, flash_decode), ragged=flash_ragged, masks=False),
 }
+"""By `attn_implementation`."""
+
+
+def kernel_of(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
+    """The kernel of an `attn_implementation`; torch's fused one has compiled steps on a CPU where Numba is installed."""
+    if name != "sdpa" or device.type != "cpu" or dtype not in COMPILED_DTYPES or find_spec("numba") is None:
+        return KERNELS[name]
+    from . import numba_kernels  # late: nobody else waits for its import
+
+    return replace(KERNELS[name], newest=numba_kernels.newest, ragged=numba_kernels.ragged, call=COMPILED_CALL)
 
 
 def visible(positions: Tensor, at: Tensor, window: int | None, group: int) -> Tensor:
@@ -189,6 +228,8 @@ def decode_attention(
         if with_weights:
             attended, each = attend_with_weights(folded, keys[None], values[None], allowed)
             weights.append(each.reshape(len(part), tokens, -1))
+        elif allowed is None:
+            attended = kernel.newest(folded, keys[None], values[None], None)
         else:
             attended = kernel.decode(folded, keys[None], values[None], allowed)
         outputs.append(attended.reshape(part.shape))

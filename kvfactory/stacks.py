@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from .kernels import Kernel
 
 
-CALL = 1024
-"""What a kernel call of its own costs, in entries of a head that are attended to in the meantime; measured on a CPU."""
-
-
 class Stack:
     """The entries of some rows, a slot each: as many heads in all of them, and the same room in each head."""
 
@@ -46,7 +42,6 @@ class Stack:
         for slot, each in enumerate(held):
             each.lie_in(self, slot)
         _, heads, capacity, _ = self.keys.shape
-        self._at = torch.arange(capacity, device=self.keys.device)
         self._starts = torch.arange(self.slots * heads, device=self.keys.device).view(-1, heads) * capacity
         self._ends = self._starts + torch.tensor(lengths, device=self.keys.device)  # where the next entries belong
 
@@ -83,15 +78,13 @@ class Stack:
         return self._attend(kernel, held, everyone.index_copy_(0, slots, query))[slots]
 
     def _attend(self, kernel: Kernel, held: Sequence[Stackable], query: Tensor) -> Tensor:
-        """Attention of query [slots, query_heads, 1, head_dim], shaped like it; a mask where heads differ in length."""
+        """Attention of query [slots, query_heads, 1, head_dim], shaped like it."""
         lengths = {length for each in held for length in each.head_lengths()}
         longest = max(lengths)
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
-        own = None
-        if len(lengths) > 1:
-            own = (self._at[:longest] < (self._ends - self._starts)[..., None])[:, :, None]
         folded = query.reshape(self.slots, keys.shape[1], -1, query.shape[-1])  # a stored head's queries side by side
-        return kernel.decode(folded, keys, values, own).reshape(query.shape)
+        own = None if len(lengths) == 1 else self._ends - self._starts
+        return kernel.newest(folded, keys, values, own).reshape(query.shape)
 
 
 def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, list[int]]]:
@@ -126,11 +119,11 @@ def divided(held: Mapping[int, Stackable], kernel: Kernel) -> list[list[int]]:
     cost, ends = [0.0] * (len(rows) + 1), [0] * len(rows)  # of all rows from this one on, and where its group ends
     for first in reversed(range(len(rows))):
         longest = max(lengths[rows[first]])
-        cost[first], ends[first] = held[rows[first]].calls * CALL + cost[first + 1], 0  # alone
-        group = float(CALL)
+        cost[first], ends[first] = held[rows[first]].calls * kernel.call + cost[first + 1], 0  # alone
+        group = float(kernel.call)
         for end, row in enumerate(rows[first:], first + 1):
             group += sum(longest - length for length in lengths[row])
-            if group >= cost[first] or (group > CALL and not kernel.masks):
+            if group >= cost[first] or (group > kernel.call and not kernel.masks):
                 break
             if end > first + 1 and group + cost[end] < cost[first]:  # a row alone is to hold nothing but its own
                 cost[first], ends[first] = group + cost[end], end

@@ -45,7 +45,7 @@ def sequence(store: Store, seen: int = 100) -> SequenceCache:
 
 def step(rows: list[SequenceCache], layer: LayerBatch) -> Tensor:
     """One token for these rows: their attention."""
-    cache = CompressedCache([[row] for row in rows], "sdpa", None)
+    cache = CompressedCache([[row] for row in rows], KERNELS["sdpa"], None)
     cache.begin(None, 1)
     output = cache.attend(layer, None)
     cache.end(1)
@@ -99,7 +99,7 @@ def test_rows_of_about_one_size_share_a_kernel_call_and_their_room() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = [sequence(make(length, generator)) for make in (dense, skewed) for length in (16, 18, 200, 17)]
     kernel, calls = KERNELS["sdpa"], []
-    cache = CompressedCache([[row] for row in rows], "sdpa", None)
+    cache = CompressedCache([[row] for row in rows], KERNELS["sdpa"], None)
     cache.kernel = replace(kernel, decode=lambda *given: calls.append(given[0].shape) or kernel.decode(*given))
     moves: set[int] = set()
     for _ in range(40):
