@@ -178,7 +178,10 @@ class CompressedCache(Cache):
         if all(each is not None for each in own):
             output = torch.zeros_like(layer.query)
         else:
-            output = self.kernel.prefill(layer.query, layer.key, layer.value, mask, self.window)
+            output, log_sums = self.kernel.prefill(layer.query, layer.key, layer.value, mask, self.window)
+            if log_sums is not None:
+                for row, context in enumerate(contexts):
+                    context.log_sums = log_sums[row]
         for row, each in enumerate(own):
             if each is not None:
                 output[row] = pad(each, (0, 0, self._padding[row], 0))

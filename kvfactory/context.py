@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from .clock import now
+from .compiled import has_numba
 from .errors import require
 from .indexing import entries
 from .stores import Store, spread
@@ -63,6 +64,8 @@ class LayerContext:
     """[tokens, hidden_size], the input of the attention block."""
     inverse_frequencies: Tensor | None = None
     """[head_dim / 2], the rotary angle of one position, for methods that re-rotate keys."""
+    log_sums: Tensor | None = None
+    """Logarithm of each query's sum of exponentials over the keys up to it, [query_heads, tokens], float32, if a kernel told."""
     first_kv_head: int | None = None
     """Which KV head of the model's layer is the first of these; None where all are here."""
     listed_positions: Tensor | None = None
@@ -139,11 +142,15 @@ class LayerContext:
         return self.shared("attention_mass", self._attention_mass)
 
     def _attention_mass(self) -> Tensor:
-        """In a kernel on a GPU where Triton is installed, else in torch, by KV heads: the same up to float32 rounding."""
+        """In a kernel where Triton or Numba is there for the device, else in torch, by KV heads: the same up to rounding."""
         if self.keys.is_cuda and find_spec("triton") is not None:
             from .triton_kernels import attention_mass  # late: without a GPU nobody waits for Triton's import
 
             return attention_mass(self.queries, self.keys)
+        if self.log_sums is not None and has_numba(self.keys.device):
+            from . import numba_kernels  # late, for the same reason
+
+            return numba_kernels.attention_mass(self.queries, self.keys, self.log_sums)
         mass = self.queries.new_zeros(self.query_heads, self.num_tokens, dtype=torch.float32)
         rows_of_heads = mass.unflatten(0, (self.kv_heads, -1))
         chunk = 2 * QUERY_CHUNK  # rows of one KV head stay in cache all the same, and wide products are faster
@@ -183,6 +190,7 @@ class LayerContext:
             yield replace(
                 self,
                 queries=self.queries[head * group : (head + 1) * group],
+                log_sums=None if self.log_sums is None else self.log_sums[head * group : (head + 1) * group],
                 keys=self.keys[kv_head : kv_head + 1],
                 values=self.values[kv_head : kv_head + 1],
                 first_kv_head=(self.first_kv_head or 0) + kv_head,

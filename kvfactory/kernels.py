@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .compiled import has_numba
 from .context import LayerContext
 from .stores import Reading
 
@@ -26,9 +26,10 @@ from .stores import Reading
 class Kernel:
     """One attention implementation."""
 
-    prefill: Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None], Tensor]
+    prefill: Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None], tuple[Tensor, Tensor | None]]
     """(query [batch, query_heads, tokens, dim], key and value [batch, kv_heads, tokens, dim], mask, sliding window) ->
-    output shaped like the query. The mask is what the stock model hands its attention layers, or None."""
+    output shaped like the query, and where the kernel tells and there is no mask, the logarithm of each query's sum of
+    exponentials [batch, query_heads, tokens], float32. The mask is what the stock model hands its attention layers, or None."""
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(query [rows, heads, queries, dim], keys and values [rows, heads, length, dim], allowed bool [rows, heads, queries,
     length], each of its first three perhaps 1, or None) -> output shaped like the query."""
@@ -42,6 +43,7 @@ class Kernel:
     """What a call costs, in entries of room behind shorter heads that cost as much; measured on a CPU."""
 
 
+FUSED_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # a private name
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 COMPILED_CALL = 16384
 """`Kernel.call` where room costs memory alone."""
@@ -67,7 +69,9 @@ def repeat_heads(kv: Tensor, groups: int) -> Tensor:
     return kv[:, :, None].expand(batch, heads, groups, tokens, dim).reshape(batch, heads * groups, tokens, dim)
 
 
-def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+def eager_prefill(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None
+) -> tuple[Tensor, None]:
     """Plain matrix products; the softmax is in float32, the weights in the model's dtype."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
@@ -75,10 +79,12 @@ def eager_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     if mask is not None:
         logits = logits + mask[:, :, :, : key.shape[-2]]
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value)
+    return torch.matmul(weights, value), None
 
 
-def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+def sdpa_prefill(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor | None]:
     """torch's fused attention."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
@@ -87,16 +93,21 @@ def sdpa_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         if query.is_cuda:  # the memory-efficient backend needs contiguous inputs beside a mask
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     causal = mask is None and query.shape[2] > 1
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    if causal and not query.is_cuda and FUSED_ON_CPU is not None:  # what follows would call it too, and keep the sums back
+        output, log_sums = FUSED_ON_CPU(query, key, value, 0.0, True)
+        return output, log_sums
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal), None
 
 
-def flash_prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+def flash_prefill(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None
+) -> tuple[Tensor, None]:
     """flash-attn, called as transformers calls it; the mask is the 2-D one."""
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
     heads_last = (each.transpose(1, 2) for each in (query, key, value))
     output = _flash_attention_forward(*heads_last, mask, query.shape[2], is_causal=True, sliding_window=window)
-    return output.transpose(1, 2)
+    return output.transpose(1, 2), None
 
 
 def attend_with_weights(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -167,7 +178,7 @@ def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
     return flash_attn_varlen_func(folded, *flat, starts, ends, 1, max(lengths)).view_as(query)
 
 
-def in_torch(prefill: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Kernel:
+def in_torch(prefill: Callable[..., tuple[Tensor, Tensor | None]], decode: Callable[..., Tensor]) -> Kernel:
     """A kernel made of two functions."""
     return Kernel(prefill, decode, partial(by_mask, decode), partial(head_by_head, decode))
 
@@ -182,7 +193,7 @@ KERNELS = {
 
 def kernel_of(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
     """The kernel of an `attn_implementation`; torch's fused one has compiled steps on a CPU where Numba is installed."""
-    if name != "sdpa" or device.type != "cpu" or dtype not in COMPILED_DTYPES or find_spec("numba") is None:
+    if name != "sdpa" or dtype not in COMPILED_DTYPES or not has_numba(device):
         return KERNELS[name]
     from . import numba_kernels  # late: nobody else waits for its import
 

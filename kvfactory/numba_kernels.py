@@ -17,6 +17,10 @@ from torch import Tensor
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
+LANES = 64
+"""Numbers that are compared at once."""
+ROWS_AT_ONCE = 256
+"""Queries of a head whose logits are there together."""
 
 NUMBERS = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np.float32)}
 """What a tensor's numbers are to NumPy, which has no bfloat16: that is the upper half of a float32."""
@@ -62,6 +66,32 @@ def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dt
     return torch.from_numpy(exact).to(query.dtype)
 
 
+def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
+    """Attention that each key got of all queries of a prompt, summed, [query_heads, tokens], float32; memory is O(tokens).
+
+    Queries [query_heads, tokens, head_dim], keys [kv_heads, tokens, head_dim], and what the logarithm of each query's sum of
+    exponentials is, [query_heads, tokens], float32. Logits are in float32.
+    """
+    heads, tokens, dim = keys.shape
+    group, count = len(queries) // heads, threads()
+    exact = (queries.float() / math.sqrt(dim)).unflatten(0, (heads, group))
+    mass = torch.zeros(heads, group, tokens)
+    work = torch.empty(tokens * group * min(ROWS_AT_ONCE, tokens))  # asking for new memory takes longer than products
+    for query, key, sums, received in zip(exact, keys.float(), log_sums.unflatten(0, (heads, group)), mass, strict=True):
+        for start in range(0, tokens, ROWS_AT_ONCE):
+            rows = query[:, start : start + ROWS_AT_ONCE]
+            stop = start + rows.shape[1]
+            logits = work[: stop * group * rows.shape[1]].view(stop, -1)
+            torch.mm(key[:stop], rows.reshape(-1, dim).T, out=logits)
+            some_sums = sums[:, start:stop].contiguous()
+            arguments = logits.view(stop, group, -1).numpy(), some_sums.numpy(), start, received.numpy()
+            if count == 1:
+                _receive(0, 1, *arguments)
+            else:
+                _receive_in_threads(count, *arguments)
+    return mass.flatten(0, 1)
+
+
 def threads() -> int:
     """As many as torch has, and Numba is told to use."""
     count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
@@ -80,11 +110,13 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 def _widened(number: Any) -> Any:
-    """A number of a tensor as float32."""
+    """A number of a tensor as float32: of a bfloat16 one, seen as uint16, or of a level."""
 
 
 @overload(_widened, strict=False, inline="always")  # strict, it wants annotations in the lambdas too
 def _typed_widened(number: Any) -> Any:
+    if number == types.uint8:
+        return lambda number: np.float32(number)
     if isinstance(number, types.Integer):
         return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
     return lambda number: number
@@ -107,11 +139,25 @@ def exponential(x: Any) -> Any:
 
 
 @compiled
+def greatest(numbers: Any) -> Any:
+    """The greatest of numbers [count], one at least, by lanes: a single maximum would wait for itself at every number."""
+    lanes = np.full(LANES, numbers[0])
+    whole = len(numbers) - len(numbers) % LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] = max(lanes[lane], numbers[start + lane])
+    most = lanes[0]
+    for number in lanes:
+        most = max(most, number)
+    for number in numbers[whole:]:
+        most = max(most, number)
+    return most
+
+
+@compiled
 def softmax_sums(logits: Any) -> tuple[Any, Any]:
     """Turns logits [entries] into weights of 1 at most; returns the highest logit and the sum of weights."""
-    highest, total = logits[0], np.float32(0)
-    for at in range(len(logits)):
-        highest = max(highest, logits[at])
+    highest, total = greatest(logits), np.float32(0)
     for at in range(len(logits)):
         logits[at] = exponential(logits[at] - highest)
         total += logits[at]
@@ -211,3 +257,25 @@ def _join_parts(lengths: Any, highest: Any, sums: Any, mixed: Any, output: Any) 
                     output[head, each, channel] += scale * mixed[head, part, each, channel]
             for channel in range(output.shape[2]):
                 output[head, each, channel] /= total
+
+
+@compiled
+def _receive(thread: Any, threads: Any, logits: Any, log_sums: Any, start: Any, received: Any) -> None:
+    """Add to what every `threads`-th key received [group, keys] its weights of queries start... of a prompt.
+
+    Logits [keys, group, queries]; a query sees the keys up to itself.
+    """
+    keys, group, _ = logits.shape
+    for key in range(thread, keys, threads):
+        for head in range(group):
+            first, total = max(key - start, 0), np.float32(0)
+            row, sums = logits[key, head][first:], log_sums[head][first:]
+            for query in range(len(row)):
+                total += exponential(row[query] - sums[query])
+            received[head, key] += total
+
+
+@njit(parallel=True, cache=True)
+def _receive_in_threads(threads: Any, logits: Any, log_sums: Any, start: Any, received: Any) -> None:
+    for thread in prange(threads):
+        _receive(thread, threads, logits, log_sums, start, received)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from .buffers import Buffer, Positions
 from .columns import AgingBuffer, Column, Encoder, Piece
+from .compiled import has_numba
 from .context import LayerContext
 from .errors import at_least, require
 from .indexing import entries
 from .packing import Groups, pack, unpack
 from .storage import Quantisation
+
+if TYPE_CHECKING:
+    from .numba_levels import Uniform
 
 Bits = Literal[2, 3, 4, 8]
 ENTRIES_AT_ONCE = 4096
@@ -84,14 +88,31 @@ class UniformColumn(Column):
         return levels.unflatten(-1, (-1, self.group_size)).mul_(scale[..., None]).flatten(-2)
 
     def products(self, query: Tensor) -> Tensor:
+        if compiled := self._compiled():
+            from .numba_levels import products
+
+            return products(query, compiled)
         if self.groups is None or not self.groups.size:
             return super().products(query)
         return torch.cat([self._products(query, *part) for part in self._parts(self.groups.size)], -1)
 
     def mixed(self, weights: Tensor) -> Tensor:
+        if compiled := self._compiled():
+            from .numba_levels import mixed
+
+            return mixed(weights, compiled)
         if self.groups is not None:
             return super().mixed(weights)
         return torch.stack([self._mixed(weights, *part) for part in self._parts(1)]).sum(0)
+
+    def _compiled(self) -> Uniform | None:
+        """This for compiled loops, where there are any for it."""
+        if not has_numba(self.packed.device):
+            return None
+        from .numba_levels import uniform  # late: nobody else waits for its import
+
+        counts = None if self.groups is None else self.groups.counts
+        return uniform(self.packed, self.scale, self.least, counts, *self._form)
 
     def _parts(self, step: int) -> Iterator[tuple[int, int]]:
         """Starts and ends of runs of entries, whole groups of `step`, that are worked on together."""

@@ -15,7 +15,7 @@ from kvfactory import DenseStore, Engine, RaggedStore, Store, load_method
 from kvfactory.buffers import Stackable
 from kvfactory.cache import CompressedCache, LayerBatch, SequenceCache
 from kvfactory.kernels import KERNELS
-from kvfactory.stacks import CALL, Stack, divided, stacked
+from kvfactory.stacks import Stack, divided, stacked
 from kvfactory.testing import tiny_model, tiny_prompts
 
 KV_HEADS, GROUP, DIM = 2, 3, 8
@@ -100,7 +100,7 @@ def test_rows_of_about_one_size_share_a_kernel_call_and_their_room() -> None:
     rows = [sequence(make(length, generator)) for make in (dense, skewed) for length in (16, 18, 200, 17)]
     kernel, calls = KERNELS["sdpa"], []
     cache = CompressedCache([[row] for row in rows], KERNELS["sdpa"], None)
-    cache.kernel = replace(kernel, decode=lambda *given: calls.append(given[0].shape) or kernel.decode(*given))
+    cache.kernel = replace(kernel, newest=lambda *given: calls.append(given[0].shape) or kernel.newest(*given))
     moves: set[int] = set()
     for _ in range(40):
         cache.begin(None, 1)
@@ -129,7 +129,7 @@ def cost(groups: list[list[int]], held: dict[int, Stackable]) -> int:
     for group in groups:
         lengths = [each for row in group for each in held[row].head_lengths()]
         filled += len(lengths) * max(lengths) - sum(lengths)
-    return CALL * (alone + len(groups)) + filled
+    return KERNELS["sdpa"].call * (alone + len(groups)) + filled
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,7 +148,7 @@ def test_no_division_into_neighbours_costs_less(made: list[tuple[Callable[..., S
     )
     assert cost(divided(held, KERNELS["sdpa"]), held) == least
     alike = divided(held, KERNELS["flash_attention_2"])
-    assert all(cost([group], {row: held[row] for row in group}) == CALL for group in alike), "nothing is filled up"
+    assert all(cost([group], {row: held[row] for row in group}) == KERNELS["sdpa"].call for group in alike), "nothing is filled up"
 
 
 def split(order: list[int], cuts: tuple[bool, ...]) -> list[list[int]]:

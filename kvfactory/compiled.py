@@ -1,0 +1,12 @@
+"""Whether loops of our own may be compiled for a device: without Numba torch's operations do the same, and take longer."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+
+def has_numba(device: torch.device) -> bool:
+    """Whether it is a CPU, and Numba is installed."""
+    return device.type == "cpu" and find_spec("numba") is not None
