@@ -65,7 +65,7 @@ class LayerContext:
     inverse_frequencies: Tensor | None = None
     """[head_dim / 2], the rotary angle of one position, for methods that re-rotate keys."""
     log_sums: Tensor | None = None
-    """Logarithm of each query's sum of exponentials over the keys up to it, [query_heads, tokens], float32, if a kernel told."""
+    """Logarithm of each query's sum of exponentials over the keys up to it, [query_heads, tokens], float32, or None."""
     first_kv_head: int | None = None
     """Which KV head of the model's layer is the first of these; None where all are here."""
     listed_positions: Tensor | None = None

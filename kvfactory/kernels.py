@@ -28,8 +28,8 @@ class Kernel:
 
     prefill: Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None], tuple[Tensor, Tensor | None]]
     """(query [batch, query_heads, tokens, dim], key and value [batch, kv_heads, tokens, dim], mask, sliding window) ->
-    output shaped like the query, and where the kernel tells and there is no mask, the logarithm of each query's sum of
-    exponentials [batch, query_heads, tokens], float32. The mask is what the stock model hands its attention layers, or None."""
+    output shaped like the query, and the logarithm of each query's sum of exponentials, [batch, query_heads, tokens],
+    float32, or None where it is not told. The mask is what the stock model hands its attention layers, or None."""
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(query [rows, heads, queries, dim], keys and values [rows, heads, length, dim], allowed bool [rows, heads, queries,
     length], each of its first three perhaps 1, or None) -> output shaped like the query."""
@@ -93,7 +93,9 @@ def sdpa_prefill(
         if query.is_cuda:  # the memory-efficient backend needs contiguous inputs beside a mask
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     causal = mask is None and query.shape[2] > 1
-    if causal and not query.is_cuda and FUSED_ON_CPU is not None:  # what follows would call it too, and keep the sums back
+    if (
+        causal and not query.is_cuda and FUSED_ON_CPU is not None
+    ):  # what follows would call it too, and keep the sums back
         output, log_sums = FUSED_ON_CPU(query, key, value, 0.0, True)
         return output, log_sums
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal), None

@@ -1,6 +1,7 @@
-"""Attention of the newest token on a CPU, compiled by Numba: it reads entries once, where they lie, as many as a head has.
+"""Attention on a CPU, compiled by Numba: of the newest token, and of a whole prompt, summed by keys.
 
-torch's fused attention takes about twice as long for one token, and a mask where heads differ in length.
+The newest token reads entries once, where they lie, as many as each head has. torch's fused attention takes about twice as
+long for one token, and a mask where heads differ in length.
 """
 
 from __future__ import annotations
@@ -8,95 +9,67 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import carray, njit, prange, types
-from numba.extending import intrinsic, overload
+from numba import carray, prange, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 from torch import Tensor
+
+from .numba_loops import add_weighted, compiled, exponential, in_threads, product, softmax_sums, threads
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
-LANES = 64
-"""Numbers that are compared at once."""
-ROWS_AT_ONCE = 256
-"""Queries of a head whose logits are there together."""
-
+QUERIES_AT_ONCE = 256
+"""Queries of a prompt whose logits are there together."""
 NUMBERS = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np.float32)}
-"""What a tensor's numbers are to NumPy, which has no bfloat16: that is the upper half of a float32."""
-
-
-compiled = njit(fastmath=True, cache=True, nogil=True)
-"""Sums in any order, but infinities and what is no number stay what they are."""
+"""What a tensor's numbers are to NumPy."""
 
 
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """As `Kernel.newest`, in bfloat16 or float32 with sums in float32; a head has one entry at least."""
     rows, heads, capacity, dim = keys.shape
     keys, values = (each if each.stride()[2:] == (dim, 1) else each.contiguous() for each in (keys, values))
-    row, head = np.arange(rows)[:, None], np.arange(heads)
-    starts = (
-        (each.data_ptr() + each.element_size() * (each.stride(0) * row + each.stride(1) * head)).ravel()
+    of_keys, of_values = (
+        _addresses(each.data_ptr(), *(each.element_size() * apart for apart in each.stride()[:2]), rows, heads)
         for each in (keys, values)
     )
     own = np.full(rows * heads, capacity) if lengths is None else lengths.numpy().ravel()
-    return _attend(query.reshape(rows * heads, -1, dim), *starts, own, keys.dtype).view_as(query)
+    return _attend(query.reshape(rows * heads, -1, dim), of_keys, of_values, own, keys.dtype).view_as(query)
 
 
 def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """As `Kernel.ragged`."""
+    """As `Kernel.ragged`, under the same conditions."""
     keys, values = ([each.contiguous() for each in side] for side in (keys, values))
-    starts = (np.array([each.data_ptr() for each in side]) for side in (keys, values))
+    of_keys, of_values = (np.array([each.data_ptr() for each in side]) for side in (keys, values))
+    lengths = np.array([len(each) for each in keys])
     folded = query.reshape(len(keys), -1, query.shape[-1])
-    return _attend(folded, *starts, np.array([len(each) for each in keys]), keys[0].dtype).view_as(query)
+    return _attend(folded, of_keys, of_values, lengths, keys[0].dtype).view_as(query)
 
 
 def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dtype) -> Tensor:
     """Attention of query [heads, queries, head_dim] over entries at addresses [heads], each head's side by side."""
     exact = (query.float() / math.sqrt(query.shape[-1])).numpy()
     parts = -(-int(lengths.max()) // AT_ONCE)
-    highest = np.empty((*exact.shape[:1], parts, exact.shape[1]), np.float32)
+    highest = np.empty((len(exact), parts, exact.shape[1]), np.float32)
     sums, mixed = np.empty_like(highest), np.empty((*highest.shape, exact.shape[2]), np.float32)
     arguments = exact, keys, values, lengths, NUMBERS[dtype], highest, sums, mixed
-    if threads() == 1:
+    count = threads()
+    if count == 1:
         _attend_to_parts(0, 1, *arguments)
     else:
-        _attend_in_threads(threads(), *arguments)
+        _attend_in_threads(count, *arguments)
     _join_parts(lengths, highest, sums, mixed, exact)
     return torch.from_numpy(exact).to(query.dtype)
 
 
-def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
-    """Attention that each key got of all queries of a prompt, summed, [query_heads, tokens], float32; memory is O(tokens).
-
-    Queries [query_heads, tokens, head_dim], keys [kv_heads, tokens, head_dim], and what the logarithm of each query's sum of
-    exponentials is, [query_heads, tokens], float32. Logits are in float32.
-    """
-    heads, tokens, dim = keys.shape
-    group, count = len(queries) // heads, threads()
-    exact = (queries.float() / math.sqrt(dim)).unflatten(0, (heads, group))
-    mass = torch.zeros(heads, group, tokens)
-    work = torch.empty(tokens * group * min(ROWS_AT_ONCE, tokens))  # asking for new memory takes longer than products
-    for query, key, sums, received in zip(exact, keys.float(), log_sums.unflatten(0, (heads, group)), mass, strict=True):
-        for start in range(0, tokens, ROWS_AT_ONCE):
-            rows = query[:, start : start + ROWS_AT_ONCE]
-            stop = start + rows.shape[1]
-            logits = work[: stop * group * rows.shape[1]].view(stop, -1)
-            torch.mm(key[:stop], rows.reshape(-1, dim).T, out=logits)
-            some_sums = sums[:, start:stop].contiguous()
-            arguments = logits.view(stop, group, -1).numpy(), some_sums.numpy(), start, received.numpy()
-            if count == 1:
-                _receive(0, 1, *arguments)
-            else:
-                _receive_in_threads(count, *arguments)
-    return mass.flatten(0, 1)
-
-
-def threads() -> int:
-    """As many as torch has, and Numba is told to use."""
-    count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(count)
-    return count
+@compiled
+def _addresses(first: Any, row_apart: Any, head_apart: Any, rows: Any, heads: Any) -> Any:
+    """Where the entries of each head begin, [rows * heads], int64."""
+    found = np.empty(rows * heads, np.int64)
+    for row in range(rows):
+        for head in range(heads):
+            found[row * heads + head] = first + row * row_apart + head * head_apart
+    return found
 
 
 @intrinsic
@@ -109,82 +82,10 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-def _widened(number: Any) -> Any:
-    """A number of a tensor as float32: of a bfloat16 one, seen as uint16, or of a level."""
-
-
-@overload(_widened, strict=False, inline="always")  # strict, it wants annotations in the lambdas too
-def _typed_widened(number: Any) -> Any:
-    if number == types.uint8:
-        return lambda number: np.float32(number)
-    if isinstance(number, types.Integer):
-        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
-    return lambda number: number
-
-
-POWERS = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7))
-"""2 ** x is the sum of POWERS[n] * x ** n, to float32's precision where x is at most 1/2."""
-
-
 @compiled
-def exponential(x: Any) -> Any:
-    """e ** x for x <= 0, in steps that a processor takes for many numbers at once; libraries' own takes one by one."""
-    power = max(x * np.float32(1 / math.log(2)), np.float32(-126))
-    whole = np.floor(power + np.float32(0.5))
-    rest = power - whole
-    total = POWERS[6]
-    for n in (5, 4, 3, 2, 1, 0):
-        total = total * rest + POWERS[n]
-    return total * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@compiled
-def greatest(numbers: Any) -> Any:
-    """The greatest of numbers [count], one at least, by lanes: a single maximum would wait for itself at every number."""
-    lanes = np.full(LANES, numbers[0])
-    whole = len(numbers) - len(numbers) % LANES
-    for start in range(0, whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] = max(lanes[lane], numbers[start + lane])
-    most = lanes[0]
-    for number in lanes:
-        most = max(most, number)
-    for number in numbers[whole:]:
-        most = max(most, number)
-    return most
-
-
-@compiled
-def softmax_sums(logits: Any) -> tuple[Any, Any]:
-    """Turns logits [entries] into weights of 1 at most; returns the highest logit and the sum of weights."""
-    highest, total = greatest(logits), np.float32(0)
-    for at in range(len(logits)):
-        logits[at] = exponential(logits[at] - highest)
-        total += logits[at]
-    return highest, total
-
-
-@compiled
-def add_weighted(mixture: Any, weights: Any, entries: Any) -> None:
-    """Add entries [entries, head_dim] times weights [entries] to a mixture [head_dim], which is written every eight entries."""
-    count, dim = entries.shape
-    eights = count - count % 8
-    for at in range(0, eights, 8):
-        w0, w1, w2, w3, w4, w5, w6, w7 = weights[at : at + 8]
-        for channel in range(dim):
-            mixture[channel] += (
-                w0 * _widened(entries[at, channel])
-                + w1 * _widened(entries[at + 1, channel])
-                + w2 * _widened(entries[at + 2, channel])
-                + w3 * _widened(entries[at + 3, channel])
-                + w4 * _widened(entries[at + 4, channel])
-                + w5 * _widened(entries[at + 5, channel])
-                + w6 * _widened(entries[at + 6, channel])
-                + w7 * _widened(entries[at + 7, channel])
-            )
-    for at in range(eights, count):
-        for channel in range(dim):
-            mixture[channel] += weights[at] * _widened(entries[at, channel])
+def _entries(address: Any, length: Any, dim: Any, number: Any) -> Any:
+    """Entries [length, head_dim] at an address."""
+    return carray(_pointer(address), (length, dim), number.dtype)  # type: ignore[call-arg]
 
 
 @compiled
@@ -209,22 +110,19 @@ def _attend_to_parts(
         start, stop = part * AT_ONCE, min((part + 1) * AT_ONCE, lengths[head])
         if start >= stop:
             continue
-        of_part_keys = carray(_pointer(keys[head]), (lengths[head], dim), number.dtype)[start:stop]
-        of_part_values = carray(_pointer(values[head]), (lengths[head], dim), number.dtype)[start:stop]
-        for at in range(stop - start):
+        of_keys = _entries(keys[head], lengths[head], dim, number)[start:stop]
+        of_values = _entries(values[head], lengths[head], dim, number)[start:stop]
+        for at in range(len(of_keys)):
             for each in range(queries):
-                logit = np.float32(0)
-                for channel in range(dim):
-                    logit += query[head, each, channel] * _widened(of_part_keys[at, channel])
-                logits[each, at] = logit
+                logits[each, at] = product(query[head, each], of_keys[at])
         mixed[head, part] = 0
         for each in range(queries):
-            weights = logits[each][: stop - start]
+            weights = logits[each][: len(of_keys)]
             highest[head, part, each], sums[head, part, each] = softmax_sums(weights)
-            add_weighted(mixed[head, part, each], weights, of_part_values)
+            add_weighted(mixed[head, part, each], weights, of_values)
 
 
-@njit(parallel=True, cache=True)
+@in_threads
 def _attend_in_threads(
     threads: Any,
     query: Any,
@@ -251,12 +149,42 @@ def _join_parts(lengths: Any, highest: Any, sums: Any, mixed: Any, output: Any) 
                 most = max(most, highest[head, part, each])
             output[head, each] = 0
             for part in range(parts):
-                scale = math.exp(highest[head, part, each] - most)
+                scale = exponential(highest[head, part, each] - most)
                 total += scale * sums[head, part, each]
                 for channel in range(output.shape[2]):
                     output[head, each, channel] += scale * mixed[head, part, each, channel]
             for channel in range(output.shape[2]):
                 output[head, each, channel] /= total
+
+
+def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
+    """Attention that each key got of all queries of a prompt, summed, [query_heads, tokens], float32; memory is O(tokens).
+
+    Queries [query_heads, tokens, head_dim], keys [kv_heads, tokens, head_dim], and `log_sums` as in `Kernel.prefill`, of
+    this prompt. Logits are in float32.
+    """
+    heads, tokens, dim = keys.shape
+    group, count = len(queries) // heads, threads()
+    exact = (queries.float() / math.sqrt(dim)).unflatten(0, (heads, group))
+    mass = torch.zeros(heads, group, tokens)
+    work = torch.empty(
+        tokens * group * min(QUERIES_AT_ONCE, tokens)
+    )  # asking for new memory takes longer than products
+    for query, key, sums, received in zip(
+        exact, keys.float(), log_sums.unflatten(0, (heads, group)), mass, strict=True
+    ):
+        for start in range(0, tokens, QUERIES_AT_ONCE):
+            some = query[:, start : start + QUERIES_AT_ONCE]
+            stop = start + some.shape[1]
+            logits = work[: stop * group * some.shape[1]].view(stop, -1)
+            torch.mm(key[:stop], some.reshape(-1, dim).T, out=logits)
+            own_sums = sums[:, start:stop].contiguous()
+            arguments = logits.view(stop, group, -1).numpy(), own_sums.numpy(), start, received.numpy()
+            if count == 1:
+                _receive(0, 1, *arguments)
+            else:
+                _receive_in_threads(count, *arguments)
+    return mass.flatten(0, 1)
 
 
 @compiled
@@ -275,7 +203,7 @@ def _receive(thread: Any, threads: Any, logits: Any, log_sums: Any, start: Any, 
             received[head, key] += total
 
 
-@njit(parallel=True, cache=True)
+@in_threads
 def _receive_in_threads(threads: Any, logits: Any, log_sums: Any, start: Any, received: Any) -> None:
     for thread in prange(threads):
         _receive(thread, threads, logits, log_sums, start, received)

@@ -1,7 +1,4 @@
-"""Products with quantised entries on a CPU, compiled by Numba: levels leave their bytes in the processor's cache, some at a time.
-
-Scales are left to what levels are multiplied by, of which there is less.
-"""
+"""Products with quantised entries on a CPU, compiled by Numba: levels are unpacked some at a time, in the cache."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
-from .numba_kernels import add_weighted, compiled, threads
+from .numba_loops import add_weighted, compiled, in_threads, product, threads
 
 WORD = 8
 """Bytes of a word, in which levels are unpacked together."""
@@ -41,15 +38,15 @@ class Uniform(NamedTuple):
 def uniform(
     packed: Tensor, scale: Tensor, least: Tensor, counts: Tensor | None, bits: int, group_size: int
 ) -> Uniform | None:
-    """The column of packed levels [heads, length, bytes], with the `counts` [heads, groups] of its groups of entries, if any.
+    """The column of packed levels [heads, length, bytes]; `counts` [heads, groups] are of its groups of entries, if any.
 
     None for levels that are not packed in whole words.
     """
     if packed.shape[-1] * (bits & -bits) % (bits * WORD):
         return None
     ends = np.empty((len(packed), 0), np.int64) if counts is None else counts.long().cumsum(1).numpy()
-    exact = (each.float().contiguous().numpy() for each in (scale, least))
-    return Uniform(packed.contiguous().numpy().view(np.uint64), *exact, ends, bits, group_size)
+    scales, leasts = (each.float().contiguous().numpy() for each in (scale, least))
+    return Uniform(packed.contiguous().numpy().view(np.uint64), scales, leasts, ends, bits, group_size)
 
 
 def products(query: Tensor, column: Uniform) -> Tensor:
@@ -101,14 +98,6 @@ def _unpack(packed: Any, bits: Any, levels: Any) -> None:
 
 
 @compiled
-def _product(a: Any, b: Any) -> Any:
-    total = np.float32(0)
-    for at in range(len(a)):
-        total += a[at] * np.float32(b[at])
-    return total
-
-
-@compiled
 def _multiply_runs(query: Any, column: Any, head: Any, start: Any, levels: Any, logits: Any) -> None:
     """The products of entries start..., whose groups are runs of entries: scales go to the query."""
     queries, dim = query.shape
@@ -119,12 +108,12 @@ def _multiply_runs(query: Any, column: Any, head: Any, start: Any, levels: Any, 
         stop = min(column.ends[head, group] - start, len(levels))
         scales = column.scale[head, group]
         for each in range(queries):
-            shared, row = _product(query[each], column.least[head, group]), scaled[each]
+            shared, row = product(query[each], column.least[head, group]), scaled[each]
             for channel in range(dim):
                 row[channel] = query[each, channel] * scales[channel]
             result = logits[each][start + at : start + stop]
             for entry in range(stop - at):
-                result[entry] = shared + _product(row, levels[at + entry])
+                result[entry] = shared + product(row, levels[at + entry])
         at = stop
 
 
@@ -149,7 +138,7 @@ def _multiply_channels(query: Any, column: Any, head: Any, start: Any, levels: A
     for each in range(len(query)):
         result = logits[each][start : start + len(levels)]
         for entry in range(len(levels)):
-            result[entry] = _product(query[each], numbers[entry])
+            result[entry] = product(query[each], numbers[entry])
 
 
 @compiled
@@ -184,7 +173,7 @@ def _mix_channels(weights: Any, column: Any, head: Any, start: Any, levels: Any,
 @compiled
 def _multiply(thread: Any, threads: Any, column: Any, query: Any, logits: Any) -> None:
     """The products of every `threads`-th share of the entries."""
-    heads, queries, length = logits.shape
+    heads, _, length = logits.shape
     words, levels = _room(query.shape[2])
     shares = (length + SHARE - 1) // SHARE
     for job in range(thread, heads * shares, threads):
@@ -202,7 +191,7 @@ def _multiply(thread: Any, threads: Any, column: Any, query: Any, logits: Any) -
 @compiled
 def _mix(thread: Any, threads: Any, column: Any, weights: Any, mixtures: Any) -> None:
     """The mixtures [heads, shares, queries, head_dim] of every `threads`-th share of the entries."""
-    heads, shares, queries, dim = mixtures.shape
+    heads, shares, _, dim = mixtures.shape
     length = weights.shape[2]
     words, levels = _room(dim)
     for job in range(thread, heads * shares, threads):
@@ -217,13 +206,13 @@ def _mix(thread: Any, threads: Any, column: Any, weights: Any, mixtures: Any) ->
                 _mix_channels(*arguments)
 
 
-@njit(parallel=True, cache=True)
+@in_threads
 def _multiply_in_threads(threads: Any, column: Any, query: Any, logits: Any) -> None:
     for thread in prange(threads):
         _multiply(thread, threads, column, query, logits)
 
 
-@njit(parallel=True, cache=True)
+@in_threads
 def _mix_in_threads(threads: Any, column: Any, weights: Any, mixtures: Any) -> None:
     for thread in prange(threads):
         _mix(thread, threads, column, weights, mixtures)

@@ -237,7 +237,8 @@ class MInference(Method):
     def _attend(self, pattern: Pattern, choice: Choice | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One head's output, [tokens, dim] as all of its input."""
         if choice is None:
-            return sdpa_prefill(query[None, None], key[None, None], value[None, None], None, None)[0, 0]
+            output, _ = sdpa_prefill(query[None, None], key[None, None], value[None, None], None, None)
+            return output[0, 0]
         if self.backend == "minference":
             return package_attention(query, key, value, pattern, choice)
         return sparse_attention(query, key, value, choice)

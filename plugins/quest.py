@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kvfactory import LayerContext, Reading, Store, at_least, hookimpl
 from kvfactory.hookspecs import RegisterMethod, RegisterRetrieval
-from kvfactory.indexing import entries
+from kvfactory.indexing import entries, largest
 from kvfactory.storage import Retrieval
 
 from .fullkv import FullKV
@@ -62,7 +62,7 @@ class Quest(Retrieval):
         bounds = page_scores(query, pages.least, pages.most)
         if self.newest_size:
             bounds[:, max(pages.length - self.newest_size, 0) // self.page_size :] = torch.inf
-        return bounds.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+        return largest(bounds, count).nonzero()[:, 1].view(len(bounds), count)
 
 
 class Pages(NamedTuple):

@@ -2,7 +2,7 @@
 # The main job in one command: six methods at three budgets look for needles with the embedded model, on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh ""
+source scripts/environment.sh cpu
 folder="${1:-results/demo}"
 echo "== needle in a haystack: six methods, three budgets; rows go to $folder, and a killed run goes on from there"
 .venv/bin/run_needle_in_haystack.py \

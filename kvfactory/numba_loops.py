@@ -1,0 +1,109 @@
+"""Loops that compiled kernels are made of; each is one that a processor takes for many numbers at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+
+compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, cache=True, nogil=True)
+"""Sums in any order, but infinities and what is no number stay what they are."""
+in_threads = njit(parallel=True, cache=True)
+
+LANES = 64
+"""Numbers that are compared at once."""
+LOG2_E = np.float32(1 / math.log(2))
+POWERS = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7))
+"""2 ** x is the sum of POWERS[n] * x ** n, to float32's precision where x is between -1/2 and 1/2."""
+
+
+def threads() -> int:
+    """As many as torch has, and Numba is told to use."""
+    count: int = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    numba.set_num_threads(count)
+    return count
+
+
+def widened(number: Any) -> Any:
+    """A number as float32: of a level, uint8, or of bfloat16, which NumPy sees as uint16: the upper half of a float32."""
+
+
+@overload(widened, strict=False, inline="always")  # strict, it wants annotations in the lambdas too
+def _typed_widened(number: Any) -> Any:
+    if number == types.uint16:
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: np.float32(number)
+
+
+@compiled
+def exponential(x: Any) -> Any:
+    """e ** x for x <= 0, float32; a library's own takes one number at a time."""
+    power = max(x * LOG2_E, np.float32(-126))
+    whole = np.floor(power + np.float32(0.5))
+    rest, total = power - whole, POWERS[6]
+    for n in (5, 4, 3, 2, 1, 0):
+        total = total * rest + POWERS[n]
+    return total * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def greatest(numbers: Any) -> Any:
+    """The greatest of numbers [count], one at least, by lanes: a single maximum would wait for itself at every number."""
+    lanes = np.full(LANES, numbers[0])
+    whole = len(numbers) - len(numbers) % LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] = max(lanes[lane], numbers[start + lane])
+    most = lanes[0]
+    for number in lanes:
+        most = max(most, number)
+    for number in numbers[whole:]:
+        most = max(most, number)
+    return most
+
+
+@compiled
+def softmax_sums(logits: Any) -> tuple[Any, Any]:
+    """Turns logits [entries] into weights of 1 at most; returns the highest logit and the sum of weights."""
+    highest, total = greatest(logits), np.float32(0)
+    for at in range(len(logits)):
+        logits[at] = exponential(logits[at] - highest)
+        total += logits[at]
+    return highest, total
+
+
+@compiled
+def product(a: Any, b: Any) -> Any:
+    """Of a [count], float32, and b [count]."""
+    total = np.float32(0)
+    for at in range(len(a)):
+        total += a[at] * widened(b[at])
+    return total
+
+
+@compiled
+def add_weighted(mixture: Any, weights: Any, entries: Any) -> None:
+    """Add entries [entries, head_dim] times weights [entries] to a mixture [head_dim], written once in eight entries."""
+    count, dim = entries.shape
+    eights = count - count % 8
+    for at in range(0, eights, 8):
+        w0, w1, w2, w3, w4, w5, w6, w7 = weights[at : at + 8]
+        for channel in range(dim):
+            mixture[channel] += (
+                w0 * widened(entries[at, channel])
+                + w1 * widened(entries[at + 1, channel])
+                + w2 * widened(entries[at + 2, channel])
+                + w3 * widened(entries[at + 3, channel])
+                + w4 * widened(entries[at + 4, channel])
+                + w5 * widened(entries[at + 5, channel])
+                + w6 * widened(entries[at + 6, channel])
+                + w7 * widened(entries[at + 7, channel])
+            )
+    for at in range(eights, count):
+        for channel in range(dim):
+            mixture[channel] += weights[at] * widened(entries[at, channel])

@@ -1,0 +1,187 @@
+"""Loops compiled by Numba against plain arithmetic in float64, and that nothing but time depends on them."""
+
+from __future__ import annotations
+
+import importlib.util
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_triton_kernels import plain_mass
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvfactory import Engine, LayerContext, load_method
+from kvfactory.inference import PackedLinear, for_inference
+from kvfactory.kernels import KERNELS, kernel_of, sdpa_prefill
+from kvfactory.packing import pack
+from kvfactory.quantisation import UniformColumn
+from kvfactory.testing import tiny_model, tiny_prompts
+
+if importlib.util.find_spec("numba") is None:
+    pytest.skip("numba is not installed", allow_module_level=True)
+
+from kvfactory import numba_kernels, numba_levels, numba_loops
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+
+
+def plain(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of query [queries, dim] over all of keys and values [length, dim], in float64."""
+    logits = query.double() @ keys.double().T / query.shape[-1] ** 0.5
+    return logits.softmax(-1) @ values.double()
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_the_newest_token_sees_the_entries_of_each_head_and_nothing_behind_them(data: st.DataObject) -> None:
+    rows, heads, queries = (data.draw(st.integers(1, most)) for most in (3, 3, 4))
+    dim, dtype = data.draw(st.sampled_from([8, 20, 64])), data.draw(st.sampled_from(DTYPES))
+    few = st.integers(1, 2 * numba_kernels.AT_ONCE + 3) if data.draw(st.booleans()) else st.integers(1, 40)
+    lengths = torch.tensor([[data.draw(few) for _ in range(heads)] for _ in range(rows)])
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    query, keys, values = (
+        torch.randn(rows, heads, count, dim, generator=generator).to(dtype)
+        for count in (queries, int(lengths.max()) + 5, int(lengths.max()) + 5)
+    )
+    behind = torch.arange(keys.shape[2]) >= lengths[..., None]
+    keys[behind], values[behind] = torch.nan, torch.nan
+    output = numba_kernels.newest(query, keys, values, lengths)
+    assert output.shape == query.shape and output.dtype == dtype
+    for row in range(rows):
+        for head in range(heads):
+            some = keys[row, head, : lengths[row, head]], values[row, head, : lengths[row, head]]
+            expected = plain(query[row, head], *some)
+            torch.testing.assert_close(output[row, head].double(), expected, **tolerance(dtype))
+        own = [[side[row, head, : lengths[row, head]] for head in range(heads)] for side in (keys, values)]
+        apart = numba_kernels.ragged(query[row].reshape(heads * queries, 1, dim), *own)
+        assert torch.equal(apart.view(heads, queries, dim), output[row]), "rows alone are rows in company"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entries_are_read_where_they_lie(dtype: torch.dtype) -> None:
+    """A view of a longer buffer, one whose numbers are far apart, and logits in the hundreds."""
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(3, 70, 16, generator=generator).to(dtype) for _ in range(2))
+    query = (60 * torch.randn(1, 3, 2, 16, generator=generator)).to(dtype)
+    expected = torch.stack([plain(query[0, head], keys[head, 7:50], values[head, 7:50]) for head in range(3)])[None]
+    apart = keys.transpose(1, 2).contiguous().transpose(1, 2)
+    for held in (keys, apart):
+        output = numba_kernels.newest(query, held[None, :, 7:50], values[None, :, 7:50], None)
+        torch.testing.assert_close(output.double(), expected, **tolerance(dtype))
+
+
+def test_what_is_no_number_is_not_hidden() -> None:
+    keys = torch.ones(1, 1, 30, 8)
+    keys[0, 0, 3, 2] = torch.nan
+    assert numba_kernels.newest(torch.ones(1, 1, 1, 8), keys, torch.ones(1, 1, 30, 8), None).isnan().all()
+
+
+@given(st.lists(st.floats(-120, 0, width=32), min_size=1, max_size=200))
+def test_exponentials_and_greatest(numbers: list[float]) -> None:
+    x = torch.tensor(numbers)
+    ours = torch.tensor([float(numba_loops.exponential(each)) for each in x.numpy()])
+    torch.testing.assert_close(ours, x.exp(), rtol=1e-5, atol=1e-37)
+    assert numba_loops.greatest(x.numpy()) == x.max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 17, 256, 600])
+def test_a_prompts_attention_tells_its_sums_and_they_give_what_keys_received(tokens: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    queries, keys, values = (torch.randn(1, heads, tokens, 64, generator=generator).to(dtype) for heads in (6, 2, 2))
+    output, log_sums = sdpa_prefill(queries, keys, values, None, None)
+    repeated = (each.repeat_interleave(3, 1) for each in (keys, values))
+    assert torch.equal(output, scaled_dot_product_attention(queries, *repeated, is_causal=tokens > 1))
+    if tokens == 1:
+        assert log_sums is None
+        return
+    assert log_sums is not None
+    mass = LayerContext(0, 1, queries[0], keys[0], values[0], log_sums=log_sums[0]).attention_mass()
+    torch.testing.assert_close(mass.double(), plain_mass(queries[0], keys[0]), rtol=1e-4, atol=1e-4)
+    exact = 1e-5 if dtype == torch.float32 else 1e-4  # the fused operation takes coarser exponentials in bfloat16
+    assert mass.sum(1).tolist() == pytest.approx([tokens] * 6, rel=exact)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_levels_are_multiplied_as_they_are_decoded(data: st.DataObject) -> None:
+    bits, size = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([8, 24, 32, 64, 1000]))
+    heads, length, queries = (data.draw(st.integers(1, most)) for most in (3, 600, 4))
+    per = data.draw(st.sampled_from([UniformColumn.per_channel, UniformColumn.per_token]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x, query = (torch.randn(heads, count, 64, generator=generator) for count in (length, queries))
+    column = per(x, bits, min(size, length if per == UniformColumn.per_channel else 64), torch.float16)
+    if data.draw(st.booleans()):  # an eviction leaves groups of different sizes
+        left = data.draw(st.integers(1, length))
+        column = column.keep(
+            torch.stack([torch.randperm(length, generator=generator)[:left].sort().values for _ in range(heads)])
+        )
+    assert column._compiled() is not None
+    decoded = column.decoded()
+    torch.testing.assert_close(column.products(query), query @ decoded.transpose(1, 2), rtol=1e-4, atol=1e-4)
+    weights = torch.rand(heads, queries, decoded.shape[1], generator=generator)
+    torch.testing.assert_close(column.mixed(weights), weights @ decoded, rtol=1e-4, atol=1e-3)
+
+
+def test_levels_that_fill_no_words_are_left_to_torch() -> None:
+    levels = torch.zeros(1, 4, 16, dtype=torch.uint8)
+    scales = torch.ones(1, 4, 1)
+    for bits, whole in ((8, True), (4, True), (2, False), (3, False)):
+        assert (numba_levels.uniform(pack(levels, bits), scales, scales, None, bits, 16) is not None) == whole
+
+
+def test_other_kernels_and_devices_have_no_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel_of("sdpa", torch.float32, CPU).newest is numba_kernels.newest
+    assert kernel_of("eager", torch.float32, CPU) is KERNELS["eager"]
+    assert kernel_of("sdpa", torch.float16, CPU) is KERNELS["sdpa"]
+    assert kernel_of("sdpa", torch.bfloat16, torch.device("cuda")) is KERNELS["sdpa"]
+    monkeypatch.setattr("kvfactory.compiled.find_spec", lambda name: None)
+    assert kernel_of("sdpa", torch.float32, CPU) is KERNELS["sdpa"]
+
+
+def test_tokens_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_model())
+    (ids,), _ = tiny_prompts(60)
+    small = {"q_group_size": 8, "quant_residual_length": 8}
+    methods = [
+        load_method("fullkv"),
+        *(load_method(name, budget=budget) for name in ("snapkv", "adakv", "h2o") for budget in (16, 24)),
+        load_method("kivi", nbits=4, **small),
+    ]
+
+    def run() -> list[list[int]]:
+        return engine.decode(engine.prefill(ids, methods), 12)
+
+    with_numba = run()
+    monkeypatch.setattr("kvfactory.compiled.find_spec", lambda name: None)
+    assert run() == with_numba
+
+
+def test_a_model_for_inference_computes_what_it_did_before() -> None:
+    (ids,), _ = tiny_prompts(40)
+    for dtype in DTYPES:
+        model = deepcopy(tiny_model(dtype=dtype))
+        with torch.no_grad():
+            before = model(ids[None]).logits
+            assert for_inference(model) is model
+            assert torch.equal(model(ids[None]).logits, before)
+        packed = [each for each in model.modules() if isinstance(each, PackedLinear)]
+        assert bool(packed) == (dtype == torch.bfloat16)
+        assert not packed or not any(type(each) is torch.nn.Linear for each in model.modules())
+        assert len(Engine(model).decode(Engine(model).prefill(ids, [load_method("fullkv")]), 3)[0]) == 3
