@@ -89,6 +89,7 @@ def main(
         for name, each in alone.items()  # type: ignore[misc]
     }
     kinds["stock transformers"] = stock_step(model, ids)
+    kinds["stock transformers without a cache"] = step_without_cache(model, 1)
     kinds["no cache, 1 row"] = step_without_cache(engine.model, 1)
     if rows:
         made = prefilled(engine, prompt_of(tokenizer, MIXED_TOKENS), mixed, [64, 128, 256])

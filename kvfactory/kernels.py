@@ -35,6 +35,8 @@ class Kernel:
     length], each of its first three perhaps 1, or None) -> output shaped like the query."""
     newest: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """`decode` of tokens that see all there is: of lengths [rows, heads], int64, or all that there is room for if None."""
+    watched: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """`newest` over all there is room for, with the weights [rows, heads, queries, length] in float32 beside the output."""
     ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
     masks: bool = True
@@ -112,7 +114,9 @@ def flash_prefill(
     return output.transpose(1, 2), None
 
 
-def attend_with_weights(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend_with_weights(
+    query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As `Kernel.decode`, with the weights [rows, heads, queries, length] in float32 beside the output."""
     logits = torch.matmul(query, keys.transpose(2, 3)) / math.sqrt(query.shape[-1])
     if allowed is not None:
@@ -182,7 +186,7 @@ def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
 
 def in_torch(prefill: Callable[..., tuple[Tensor, Tensor | None]], decode: Callable[..., Tensor]) -> Kernel:
     """A kernel made of two functions."""
-    return Kernel(prefill, decode, partial(by_mask, decode), partial(head_by_head, decode))
+    return Kernel(prefill, decode, partial(by_mask, decode), attend_with_weights, partial(head_by_head, decode))
 
 
 KERNELS = {
@@ -199,7 +203,13 @@ def kernel_of(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
         return KERNELS[name]
     from . import numba_kernels  # late: nobody else waits for its import
 
-    return replace(KERNELS[name], newest=numba_kernels.newest, ragged=numba_kernels.ragged, call=COMPILED_CALL)
+    return replace(
+        KERNELS[name],
+        newest=numba_kernels.newest,
+        watched=numba_kernels.watched,
+        ragged=numba_kernels.ragged,
+        call=COMPILED_CALL,
+    )
 
 
 def visible(positions: Tensor, at: Tensor, window: int | None, group: int) -> Tensor:
@@ -239,7 +249,10 @@ def decode_attention(
         folded = part.reshape(1, len(keys), -1, part.shape[-1])  # the queries of a stored head side by side
         allowed = None if allowed is None else allowed[None]
         if with_weights:
-            attended, each = attend_with_weights(folded, keys[None], values[None], allowed)
+            seen = (keys[None], values[None])
+            attended, each = (
+                kernel.watched(folded, *seen) if allowed is None else attend_with_weights(folded, *seen, allowed)
+            )
             weights.append(each.reshape(len(part), tokens, -1))
         elif allowed is None:
             attended = kernel.newest(folded, keys[None], values[None], None)

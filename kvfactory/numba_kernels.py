@@ -15,7 +15,7 @@ from numba import carray, prange, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .numba_loops import add_weighted, compiled, exponential, in_threads, product, softmax_sums, threads
+from .numba_loops import add_weighted, compiled, exponential, in_threads, product, run, softmax_sums
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
@@ -28,13 +28,22 @@ NUMBERS = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """As `Kernel.newest`, in bfloat16 or float32 with sums in float32; a head has one entry at least."""
     rows, heads, capacity, dim = keys.shape
-    keys, values = (each if each.stride()[2:] == (dim, 1) else each.contiguous() for each in (keys, values))
-    of_keys, of_values = (
-        _addresses(each.data_ptr(), *(each.element_size() * apart for apart in each.stride()[:2]), rows, heads)
-        for each in (keys, values)
-    )
+    keys, values = _side_by_side(keys), _side_by_side(values)
     own = np.full(rows * heads, capacity) if lengths is None else lengths.numpy().ravel()
-    return _attend(query.reshape(rows * heads, -1, dim), of_keys, of_values, own, keys.dtype).view_as(query)
+    folded = query.reshape(rows * heads, -1, dim)
+    return _attend(folded, _starts(keys), _starts(values), own, keys.dtype).view_as(query)
+
+
+def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """As `Kernel.watched`, under the same conditions."""
+    rows, heads, length, dim = keys.shape
+    keys, values = _side_by_side(keys), _side_by_side(values)
+    exact = (query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim)).numpy()
+    weights = np.empty((*exact.shape[:2], length), np.float32)
+    run(_weigh, _weigh_in_threads, exact, _starts(keys), _starts(values), NUMBERS[keys.dtype], weights)
+    return torch.from_numpy(exact).to(query.dtype).view_as(query), torch.from_numpy(weights).view(
+        rows, heads, -1, length
+    )
 
 
 def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -46,6 +55,18 @@ def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return _attend(folded, of_keys, of_values, lengths, keys[0].dtype).view_as(query)
 
 
+def _side_by_side(x: Tensor) -> Tensor:
+    """Entries [rows, heads, length, head_dim] whose numbers follow each other, and each head's entries too."""
+    return x if x.stride()[2:] == (x.shape[-1], 1) else x.contiguous()
+
+
+def _starts(x: Tensor) -> Any:
+    """Where the entries of each head of x [rows, heads, length, head_dim] begin, [rows * heads], int64."""
+    size = x.element_size()
+    starts = _addresses(x.data_ptr(), size * x.stride(0), size * x.stride(1), *x.shape[:2])
+    return starts
+
+
 def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dtype) -> Tensor:
     """Attention of query [heads, queries, head_dim] over entries at addresses [heads], each head's side by side."""
     exact = (query.float() / math.sqrt(query.shape[-1])).numpy()
@@ -53,11 +74,7 @@ def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dt
     highest = np.empty((len(exact), parts, exact.shape[1]), np.float32)
     sums, mixed = np.empty_like(highest), np.empty((*highest.shape, exact.shape[2]), np.float32)
     arguments = exact, keys, values, lengths, NUMBERS[dtype], highest, sums, mixed
-    count = threads()
-    if count == 1:
-        _attend_to_parts(0, 1, *arguments)
-    else:
-        _attend_in_threads(count, *arguments)
+    run(_attend_to_parts, _attend_in_threads, *arguments)
     _join_parts(lengths, highest, sums, mixed, exact)
     return torch.from_numpy(exact).to(query.dtype)
 
@@ -157,6 +174,31 @@ def _join_parts(lengths: Any, highest: Any, sums: Any, mixed: Any, output: Any) 
                 output[head, each, channel] /= total
 
 
+@compiled
+def _weigh(thread: Any, threads: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any) -> None:
+    """Every `threads`-th head: its weights [queries, entries], and its attention in place of its query."""
+    heads, queries, length = weights.shape
+    dim = query.shape[2]
+    for head in range(thread, heads, threads):
+        of_keys = _entries(keys[head], length, dim, number)
+        of_values = _entries(values[head], length, dim, number)
+        for each in range(queries):
+            row, own = weights[head, each], query[head, each]
+            for at in range(length):
+                row[at] = product(own, of_keys[at])
+            _, total = softmax_sums(row)
+            for at in range(length):
+                row[at] /= total
+            own[:] = 0
+            add_weighted(own, row, of_values)
+
+
+@in_threads
+def _weigh_in_threads(threads: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any) -> None:
+    for thread in prange(threads):
+        _weigh(thread, threads, query, keys, values, number, weights)
+
+
 def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
     """Attention that each key got of all queries of a prompt, summed, [query_heads, tokens], float32; memory is O(tokens).
 
@@ -164,7 +206,7 @@ def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
     this prompt. Logits are in float32.
     """
     heads, tokens, dim = keys.shape
-    group, count = len(queries) // heads, threads()
+    group = len(queries) // heads
     exact = (queries.float() / math.sqrt(dim)).unflatten(0, (heads, group))
     mass = torch.zeros(heads, group, tokens)
     work = torch.empty(
@@ -180,10 +222,7 @@ def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
             torch.mm(key[:stop], some.reshape(-1, dim).T, out=logits)
             own_sums = sums[:, start:stop].contiguous()
             arguments = logits.view(stop, group, -1).numpy(), own_sums.numpy(), start, received.numpy()
-            if count == 1:
-                _receive(0, 1, *arguments)
-            else:
-                _receive_in_threads(count, *arguments)
+            run(_receive, _receive_in_threads, *arguments)
     return mass.flatten(0, 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .numba_loops import add_weighted, compiled, in_threads, product, threads
+from .numba_loops import add_weighted, compiled, in_threads, product, run
 
 WORD = 8
 """Bytes of a word, in which levels are unpacked together."""
@@ -52,11 +52,7 @@ def uniform(
 def products(query: Tensor, column: Uniform) -> Tensor:
     """Of query [heads, queries, head_dim] and each entry of a column, [heads, queries, length], all float32."""
     logits = torch.empty(*query.shape[:2], column.packed.shape[1])
-    arguments = column, query.contiguous().numpy(), logits.numpy()
-    if threads() == 1:
-        _multiply(0, 1, *arguments)
-    else:
-        _multiply_in_threads(threads(), *arguments)
+    run(_multiply, _multiply_in_threads, column, query.contiguous().numpy(), logits.numpy())
     return logits
 
 
@@ -65,11 +61,7 @@ def mixed(weights: Tensor, column: Uniform) -> Tensor:
     heads, queries, length = weights.shape
     dim = column.packed.shape[2] * WORD * 8 // column.bits
     mixtures = torch.zeros(heads, -(-length // SHARE), queries, dim)
-    arguments = column, weights.contiguous().numpy(), mixtures.numpy()
-    if threads() == 1:
-        _mix(0, 1, *arguments)
-    else:
-        _mix_in_threads(threads(), *arguments)
+    run(_mix, _mix_in_threads, column, weights.contiguous().numpy(), mixtures.numpy())
     return mixtures.sum(1)
 
 

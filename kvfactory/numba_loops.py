@@ -22,11 +22,18 @@ POWERS = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7
 """2 ** x is the sum of POWERS[n] * x ** n, to float32's precision where x is between -1/2 and 1/2."""
 
 
-def threads() -> int:
-    """As many as torch has, and Numba is told to use."""
-    count: int = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(count)
-    return count
+def run(work: Any, work_in_threads: Any, *arguments: Any) -> None:
+    """Call compiled `work(thread, threads, *arguments)` once for each of the threads that torch has, or in this one alone.
+
+    `work_in_threads(threads, *arguments)` is the first in a parallel loop: one such loop for all, with functions given to it,
+    costs more to call than most of them take.
+    """
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if threads == 1:
+        work(0, 1, *arguments)
+    else:
+        numba.set_num_threads(threads)
+        work_in_threads(threads, *arguments)
 
 
 def widened(number: Any) -> Any:

@@ -185,3 +185,16 @@ def test_a_model_for_inference_computes_what_it_did_before() -> None:
         assert bool(packed) == (dtype == torch.bfloat16)
         assert not packed or not any(type(each) is torch.nn.Linear for each in model.modules())
         assert len(Engine(model).decode(Engine(model).prefill(ids, [load_method("fullkv")]), 3)[0]) == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 9, 300])
+def test_weights_are_those_of_the_output(length: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(length)
+    query, keys, values = (torch.randn(2, 3, count, 16, generator=generator).to(dtype) for count in (4, length, length))
+    output, weights = numba_kernels.watched(query, keys, values)
+    assert weights.dtype == torch.float32 and output.dtype == dtype
+    expected = (query.double() @ keys.double().transpose(2, 3) / 4).softmax(-1)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.double(), expected @ values.double(), **tolerance(dtype))
+    assert torch.equal(output, numba_kernels.newest(query, keys, values, None)) or dtype == torch.float32
