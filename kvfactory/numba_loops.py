@@ -25,8 +25,8 @@ POWERS = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7
 def run(work: Any, work_in_threads: Any, *arguments: Any) -> None:
     """Call compiled `work(thread, threads, *arguments)` once for each of the threads that torch has, or in this one alone.
 
-    `work_in_threads(threads, *arguments)` is the first in a parallel loop: one such loop for all, with functions given to it,
-    costs more to call than most of them take.
+    `work_in_threads(threads, *arguments)` is the first in a parallel loop: one such loop for all, given the function, costs
+    more to call than most of them take.
     """
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if threads == 1:
