@@ -2,9 +2,9 @@
 
     python benchmarks/attention_mass.py [--tokens 1024,2048,4096] [--repeats 5] [--dtype bfloat16] [--json FILE]
 
-Prints milliseconds of the model's attention (torch's fused one), of the loop in torch and of the Triton kernel, the
-last two as multiples of the first too: medians over rounds in which they take turns. On a GPU also what each takes of
-its memory at most, beside its inputs. Shapes are those of the embedded model unless flags say otherwise.
+Prints milliseconds of the model's attention (torch's fused one), of the loop in torch and of the kernel, Triton's on a GPU
+and Numba's on a CPU, the last two as multiples of the first too: medians over rounds in which they take turns. On a GPU also
+what each takes of its memory at most, beside its inputs. Shapes are those of the embedded model unless flags say otherwise.
 """
 
 from __future__ import annotations
@@ -24,32 +24,37 @@ from torch import Tensor
 
 from kvfactory import LayerContext
 from kvfactory.clock import now
+from kvfactory.compiled import has_numba
 from kvfactory.kernels import KERNELS
 from kvfactory.models import default_threads
 
 MIB = 2**20
 
 
-def attention(queries: Tensor, keys: Tensor) -> None:
-    """The model's own, with keys as values: it writes as many numbers."""
-    KERNELS["sdpa"].prefill(queries[None], keys[None], keys[None], None, None)
+Way = Callable[[Tensor, Tensor, Tensor | None], object]
+"""Takes queries, keys, and the log sums that the model's attention told of them, if it did."""
 
 
-def mass(queries: Tensor, keys: Tensor) -> None:
+def attention(queries: Tensor, keys: Tensor, log_sums: Tensor | None = None) -> Tensor | None:
+    """The model's own, with keys as values: it writes as many numbers. Returns its log sums."""
+    _, found = KERNELS["sdpa"].prefill(queries[None], keys[None], keys[None], None, None)
+    return None if found is None else found[0]
+
+
+def mass(queries: Tensor, keys: Tensor, log_sums: Tensor | None) -> None:
     """Where `LayerContext` has it computed."""
-    LayerContext(0, 1, queries, keys, keys).attention_mass()
+    LayerContext(0, 1, queries, keys, keys, log_sums=log_sums).attention_mass()
 
 
-def loop(queries: Tensor, keys: Tensor) -> None:
-    """The same as if Triton were not installed."""
+def loop(queries: Tensor, keys: Tensor, log_sums: Tensor | None) -> None:
+    """The same as if neither Triton nor Numba were installed."""
     with mock.patch("kvfactory.context.find_spec", return_value=None):
-        mass(queries, keys)
+        mass(queries, keys, None)
 
 
-def measure(
-    ways: Mapping[str, Callable[[Tensor, Tensor], None]], queries: Tensor, keys: Tensor, repeats: int
-) -> dict[str, float]:
+def measure(ways: Mapping[str, Way], queries: Tensor, keys: Tensor, repeats: int) -> dict[str, float]:
     """Seconds by way, and on a GPU bytes."""
+    log_sums = attention(queries, keys)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, float] = {}
     for repeat in range(repeats + 1):
@@ -58,7 +63,7 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated() if queries.is_cuda else 0
             started = now(queries.device)
-            way(queries, keys)
+            way(queries, keys, log_sums)
             if repeat:  # first calls are slow: kernels are compiled
                 seconds[name].append(now(queries.device) - started)
             if queries.is_cuda:
@@ -91,8 +96,9 @@ def main(
 ) -> None:
     torch.set_num_threads(default_threads())
     torch.manual_seed(0)
-    ways: dict[str, Callable[[Tensor, Tensor], None]] = {"attention": attention, "loop": loop}
-    has_kernel = torch.device(device).type == "cuda" and find_spec("triton") is not None
+    ways: dict[str, Way] = {"attention": attention, "loop": loop}
+    on_gpu = torch.device(device).type == "cuda"
+    has_kernel = find_spec("triton") is not None if on_gpu else has_numba(torch.device(device))
     if has_kernel:
         ways["kernel"] = mass
     lines: list[dict[str, float]] = []
@@ -100,7 +106,7 @@ def main(
         sizes = [(heads, count, head_dim) for heads in (query_heads, kv_heads)]
         queries, keys = (torch.randn(size, dtype=getattr(torch, dtype), device=device) for size in sizes)
         lines.append({"tokens": count, **measure(ways, queries, keys, repeats)})
-    where = torch.cuda.get_device_name() if has_kernel else f"{device}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if on_gpu else f"{device}, {torch.get_num_threads()} threads"
     title = f"{query_heads} query heads, {kv_heads} KV heads, {head_dim} dimensions, {dtype}, {where}"
     memory = [f"{name} MiB" for name in ways if f"{name}_bytes" in lines[0]]
     times = [heading for name in list(ways)[1:] for heading in (f"{name} ms", "times attention")]
@@ -114,7 +120,7 @@ def main(
     console = Console(width=120)
     console.print(table)
     if not has_kernel:
-        console.print("The kernel is not timed: it takes a GPU and Triton.")
+        console.print("The kernel is not timed: it takes Triton on a GPU and Numba on a CPU.")
     if file:
         file.write_text(json.dumps({"title": title, "lines": lines}, indent=1) + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ def environment(plugins: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("kvfactory", "torch", "transformers")},
+        **{package: _version(package) for package in ("kvfactory", "torch", "transformers", "numba")},
         "plugins": plugins,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),

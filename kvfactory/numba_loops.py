@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -11,9 +12,14 @@ import torch
 from numba import njit, types
 from numba.extending import overload
 
-compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, cache=True, nogil=True)
-"""Sums in any order, but infinities and what is no number stay what they are."""
-in_threads = njit(parallel=True, cache=True)
+from .folders import cache_folder, can_be_written
+
+FOLDER = Path(numba.config.CACHE_DIR or cache_folder() / "numba")  # type: ignore[attr-defined]
+numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
+KEPT = can_be_written(FOLDER)
+compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, cache=KEPT, nogil=True)
+"""Sums in any order, but infinities and what is no number stay what they are. What is compiled is kept if it can be."""
+in_threads = njit(parallel=True, cache=KEPT)
 
 LANES = 64
 """Numbers that are compared at once."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +202,13 @@ def test_weights_are_those_of_the_output(length: int, dtype: torch.dtype) -> Non
     torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output.double(), expected @ values.double(), **tolerance(dtype))
     assert torch.equal(output, numba_kernels.newest(query, keys, values, None)) or dtype == torch.float32
+
+
+def test_loops_work_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    program = "from kvfactory.numba_loops import KEPT, exponential; print(KEPT, exponential(0.0))"
+    for cache, kept in ((tmp_path / "file", False), (tmp_path / "folder", True)):
+        run = [sys.executable, "-c", program]
+        answer = subprocess.run(run, env={**os.environ, "KVFACTORY_CACHE": str(cache)}, capture_output=True, text=True)
+        assert answer.stdout.split() == [str(kept), "1.0"], answer.stderr
+        assert any((tmp_path / "folder").rglob("*.nbc")) == kept
