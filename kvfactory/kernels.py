@@ -45,7 +45,8 @@ class Kernel:
     """What a call costs, in entries of room behind shorter heads that cost as much; measured on a CPU."""
 
 
-FUSED_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # a private name
+FUSED_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""What torch's fused attention calls on a CPU: (query, key, value, dropout, causal) -> output, log sums. A private name."""
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 COMPILED_CALL = 16384
 """`Kernel.call` where room costs memory alone."""
@@ -95,9 +96,7 @@ def sdpa_prefill(
         if query.is_cuda:  # the memory-efficient backend needs contiguous inputs beside a mask
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     causal = mask is None and query.shape[2] > 1
-    if (
-        causal and not query.is_cuda and FUSED_ON_CPU is not None
-    ):  # what follows would call it too, and keep the sums back
+    if causal and query.device.type == "cpu" and FUSED_ON_CPU is not None:
         output, log_sums = FUSED_ON_CPU(query, key, value, 0.0, True)
         return output, log_sums
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal), None
