@@ -265,6 +265,43 @@ class Rows:
         return copy(self)
 
 
+class Growing:
+    """A tensor [heads, length, ...] that never changes, with room behind it for what follows.
+
+    Whoever is first to put something behind it writes there; another, as after a fork, copies.
+    """
+
+    __slots__ = ("_used", "held", "length")
+
+    def __init__(self, held: Tensor, length: int | None = None, used: list[int] | None = None) -> None:
+        """The first entries of what is held, or all; `used` has how many there are of all who share it."""
+        self.held = held
+        self.length = held.shape[1] if length is None else length
+        self._used = [self.length] if used is None else used
+
+    def joined(self, later: Tensor) -> Growing:
+        """This and the entries of another tensor, of the same heads."""
+        tokens = later.shape[1]
+        held, length, used = self.held, self.length, self._used
+        if used[0] != length or length + tokens > held.shape[1]:
+            needed = length + tokens
+            held = held.new_empty(held.shape[0], needed + needed // 32, *held.shape[2:])  # what it copies is small
+            held.narrow(1, 0, length).copy_(self.read())
+            used = [length]
+        held.narrow(1, length, tokens).copy_(later)
+        used[0] = length + tokens
+        return Growing(held, used[0], used)
+
+    def read(self) -> Tensor:
+        """[heads, length, ...], without the room."""
+        return self.held.narrow(1, 0, self.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room included."""
+        return self.held.nbytes
+
+
 def room_for(length: int) -> int:
     """Entries to make room for when a full buffer has to grow: an eighth more, so appending stays cheap."""
     return max(16, length // 8)

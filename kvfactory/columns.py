@@ -9,15 +9,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from .buffers import Buffer, Positions
 from .indexing import entries
+
+if TYPE_CHECKING:
+    from .numba_levels import Encoded
 
 
 class Column(ABC):
@@ -34,6 +37,11 @@ class Column(ABC):
     def mixed(self, weights: Tensor) -> Tensor:
         """Sums of the entries with weights [heads, queries, length], [heads, queries, head_dim], all float32."""
         return weights @ self.decoded()
+
+    @property
+    def compiled(self) -> Encoded | None:
+        """These for compiled loops, which are faster than the two above; None where there are none for them."""
+        return None
 
     @abstractmethod
     def keep(self, index: Tensor) -> Self:
@@ -103,10 +111,10 @@ class Piece:
         x = self.encoder.turned(x, of_due(), -1) if self.encoder.turns else x
         column = self.encoder.encode(x, of_due)
         old = column if self.old is None else self.old.joined(column)
-        return replace(self, recent=self.recent[:, count:].clone(), old=old, old_length=end)
+        return Piece(self.encoder, self.recent[:, count:].clone(), old, end)
 
     def appended(self, x: Tensor) -> Piece:
-        return replace(self, recent=torch.cat([self.recent, x], 1))
+        return Piece(self.encoder, torch.cat([self.recent, x], 1), self.old, self.old_length)
 
     def decoded(self, positions: Positions) -> Tensor:
         """[heads, length, head_dim], in the dtype of the recent entries."""
@@ -132,6 +140,11 @@ class Piece:
         turned = self.encoder.turns
         return recent + (of_old @ self._written(self.old, positions) if turned else self.old.mixed(of_old))
 
+    @property
+    def compiled(self) -> Encoded | None:
+        """The encoded entries for compiled loops, which read them as they are."""
+        return None if self.old is None or self.encoder.turns else self.old.compiled
+
     def _written(self, old: Column, positions: Positions) -> Tensor:
         """The encoded entries as they are read, [heads, length, head_dim], float32."""
         decoded = old.decoded()
@@ -145,14 +158,15 @@ class Piece:
         count = int(counts[0])
         old = self.old.keep(index[:, :count]) if self.old is not None and count else None
         recent = entries(self.recent, index[:, count:] - self.old_length)
-        return [replace(self, recent=recent, old=old, old_length=count)]
+        return [Piece(self.encoder, recent, old, count)]
 
     def heads(self) -> list[Piece]:
         """A piece for each head."""
-        olds = [None] * len(self.recent) if self.old is None else self.old.heads()
+        rows = self.recent.split(1)
+        olds = [None] * len(rows) if self.old is None else self.old.heads()
         return [
             Piece(self.encoder.of_head(head), row.clone(), old, self.old_length)
-            for head, (row, old) in enumerate(zip(self.recent.split(1), olds, strict=True))
+            for head, (row, old) in enumerate(zip(rows, olds, strict=True))
         ]
 
     def nbytes(self) -> int:
@@ -182,9 +196,14 @@ class AgingBuffer(Buffer):
     def attend(self, query: Tensor, positions: Positions) -> Tensor | None:
         if len(self._keys) > 1 or len(self._values) > 1:
             return None
+        (keys,), (values,) = self._keys, self._values
+        if keys.compiled is not None and values.compiled is not None:
+            from .numba_levels import attend  # late: nobody else waits for its import
+
+            return attend(query, keys.compiled, keys.recent, values.compiled, values.recent).to(query.dtype)
         exact = query.float() / math.sqrt(query.shape[-1])
-        weights = self._keys[0].products(exact, positions).softmax(-1)
-        return self._values[0].mixed(weights, positions).to(query.dtype)
+        weights = keys.products(exact, positions).softmax(-1)
+        return values.mixed(weights, positions).to(query.dtype)
 
     def keep(self, index: Tensor) -> None:
         self._keys = [kept for piece, part in _by_piece(self._keys, index) for kept in piece.keep(part)]
@@ -210,7 +229,7 @@ class AgingBuffer(Buffer):
 
 def _by_piece(side: list[Piece], x: Tensor) -> Iterator[tuple[Piece, Tensor]]:
     """Pieces and their heads of x [heads, ...]."""
-    return zip(side, x.split(len(side[0].recent)), strict=True)
+    return zip(side, x.split(len(x) // len(side)), strict=True)
 
 
 def _located(side: list[Piece], positions: Positions) -> Iterator[tuple[Piece, Positions]]:

@@ -75,7 +75,7 @@ def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dt
     sums, mixed = np.empty_like(highest), np.empty((*highest.shape, exact.shape[2]), np.float32)
     arguments = exact, keys, values, lengths, NUMBERS[dtype], highest, sums, mixed
     run(_attend_to_parts, _attend_in_threads, *arguments)
-    _join_parts(lengths, highest, sums, mixed, exact)
+    join_parts(highest, sums, mixed, exact)
     return torch.from_numpy(exact).to(query.dtype)
 
 
@@ -126,6 +126,7 @@ def _attend_to_parts(
         head, part = job // parts, job % parts
         start, stop = part * AT_ONCE, min((part + 1) * AT_ONCE, lengths[head])
         if start >= stop:
+            highest[head, part] = -np.inf
             continue
         of_keys = _entries(keys[head], lengths[head], dim, number)[start:stop]
         of_values = _entries(values[head], lengths[head], dim, number)[start:stop]
@@ -156,16 +157,18 @@ def _attend_in_threads(
 
 
 @compiled
-def _join_parts(lengths: Any, highest: Any, sums: Any, mixed: Any, output: Any) -> None:
-    """The attention of each head, [heads, queries, head_dim], from that of its parts."""
-    for head in range(len(lengths)):
-        parts = (lengths[head] + AT_ONCE - 1) // AT_ONCE
-        for each in range(output.shape[1]):
+def join_parts(highest: Any, sums: Any, mixed: Any, output: Any) -> None:
+    """The attention of each head, [heads, queries, head_dim], from that of its parts; a part without entries is at -inf."""
+    heads, parts, queries = highest.shape
+    for head in range(heads):
+        for each in range(queries):
             most, total = highest[head, 0, each], np.float32(0)
             for part in range(1, parts):
                 most = max(most, highest[head, part, each])
             output[head, each] = 0
             for part in range(parts):
+                if highest[head, part, each] == -np.inf:
+                    continue
                 scale = exponential(highest[head, part, each] - most)
                 total += scale * sums[head, part, each]
                 for channel in range(output.shape[2]):

@@ -1,7 +1,11 @@
-"""Products with quantised entries on a CPU, compiled by Numba: levels are unpacked some at a time, in the cache."""
+"""The newest token's attention over encoded entries on a CPU, compiled by Numba.
+
+A few entries at a time are written out as numbers, in the nearest cache, and multiplied there: none ever is in memory.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,202 +13,168 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .numba_loops import add_weighted, compiled, in_threads, product, run
+from .numba_kernels import join_parts
+from .numba_loops import compiled, exact, in_threads, run, softmax_sums
+from .numba_vectors import levels, numbers, put, repeated, size, spread, total, vector
 
-WORD = 8
-"""Bytes of a word, in which levels are unpacked together."""
-ONES = np.uint64(0x0101010101010101)
 AT_ONCE = 64
-"""Entries whose levels are there together."""
-SHARE = 512
-"""Entries of a head that a thread works on before another may go on with the rest."""
+"""Entries that are written out together."""
+PART = 1024
+"""Entries of a head that a thread attends to before another may go on with the rest."""
 
 
-class Uniform(NamedTuple):
-    """Entries of equally distant levels, as `quantisation.UniformColumn` has them."""
+class Encoded(NamedTuple):
+    """Keys or values of some heads for compiled loops, perhaps with room behind them; arrays as `numbers` gives them."""
 
+    length: int
+    """Entries that are there."""
     packed: Any
-    """[heads, length, words], uint64."""
+    """[heads, capacity, bytes], uint8."""
     scale: Any
-    """[heads, groups of entries, head_dim] or [heads, length, groups of channels], float32."""
+    """[heads, groups of entries, head_dim] or [heads, capacity, groups of channels]."""
     least: Any
     ends: Any
     """Where each group of entries ends, [heads, groups], int64; [heads, 0] if groups are of channels."""
-    bits: int
-    group_size: int
-    """Channels of a group, if groups are of channels."""
+    bits: Any
+    """A `size`."""
+    group: Any
+    """Channels of a group, if groups are of channels; a `size`."""
 
 
 def uniform(
-    packed: Tensor, scale: Tensor, least: Tensor, counts: Tensor | None, bits: int, group_size: int
-) -> Uniform | None:
-    """The column of packed levels [heads, length, bytes]; `counts` [heads, groups] are of its groups of entries, if any.
+    length: int, packed: Tensor, scale: Tensor, least: Tensor, counts: Tensor | None, bits: int, group_size: int
+) -> Encoded:
+    """Levels that are equally far apart, as `quantisation.UniformColumn` has them.
 
-    None for levels that are not packed in whole words.
+    `counts` [heads, groups] are of its groups of entries, if any.
     """
-    if packed.shape[-1] * (bits & -bits) % (bits * WORD):
-        return None
     ends = np.empty((len(packed), 0), np.int64) if counts is None else counts.long().cumsum(1).numpy()
-    scales, leasts = (each.float().contiguous().numpy() for each in (scale, least))
-    return Uniform(packed.contiguous().numpy().view(np.uint64), scales, leasts, ends, bits, group_size)
+    group = size(1 if counts is not None else group_size)
+    return Encoded(length, numbers(packed), numbers(scale), numbers(least), ends, size(bits), group)
 
 
-def products(query: Tensor, column: Uniform) -> Tensor:
-    """Of query [heads, queries, head_dim] and each entry of a column, [heads, queries, length], all float32."""
-    logits = torch.empty(*query.shape[:2], column.packed.shape[1])
-    run(_multiply, _multiply_in_threads, column, query.contiguous().numpy(), logits.numpy())
-    return logits
+def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, recent_values: Tensor) -> Tensor:
+    """Attention of query [heads, queries, head_dim] over encoded entries and the recent ones [heads, recent, head_dim].
+
+    float32; how many are recent may differ between keys and values.
+    """
+    exact_query = (query.float() / math.sqrt(query.shape[-1])).numpy()
+    heads, queries, dim = query.shape
+    length = keys.length + recent_keys.shape[1]
+    highest = np.empty((heads, -(-length // PART), queries), np.float32)
+    sums, mixtures = np.empty_like(highest), np.empty((*highest.shape, dim), np.float32)
+    sides = (*keys, numbers(recent_keys)), (*values, numbers(recent_values))
+    run(_attend_to_parts, _attend_in_threads, exact_query, size(dim), length, *sides, highest, sums, mixtures)
+    join_parts(highest, sums, mixtures, exact_query)
+    return torch.from_numpy(exact_query)
 
 
-def mixed(weights: Tensor, column: Uniform) -> Tensor:
-    """Sums of the entries of a column with weights [heads, queries, length], [heads, queries, head_dim], all float32."""
-    heads, queries, length = weights.shape
-    dim = column.packed.shape[2] * WORD * 8 // column.bits
-    mixtures = torch.zeros(heads, -(-length // SHARE), queries, dim)
-    run(_mix, _mix_in_threads, column, weights.contiguous().numpy(), mixtures.numpy())
-    return mixtures.sum(1)
+def by_channels(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed levels, scales and least numbers of x [heads, length, head_dim], float32, in groups of channels.
+
+    [heads, length, head_dim * bits / 8], uint8, and [heads, length, groups], float32, to the bit as torch has them.
+    """
+    *shape, dim = x.shape
+    packed = np.zeros((*shape, dim * bits // 8), np.uint8)
+    scale, least = np.empty((2, *shape, -(-dim // group_size)), np.float32)
+    _encode(x.contiguous().numpy(), packed, scale, least, bits, group_size)
+    return torch.from_numpy(packed), torch.from_numpy(scale), torch.from_numpy(least)
+
+
+@exact
+def _encode(x: Any, packed: Any, scale: Any, least: Any, bits: Any, group_size: Any) -> None:
+    """See `by_channels`."""
+    heads, tokens, dim = x.shape
+    most, found = np.float32((1 << bits) - 1), np.empty(dim, np.uint8)
+    for head, entry in np.ndindex(heads, tokens):
+        for part in range(scale.shape[2]):
+            begin, end = part * group_size, min((part + 1) * group_size, dim)
+            low = high = x[head, entry, begin]
+            for channel in range(begin, end):
+                low, high = min(low, x[head, entry, channel]), max(high, x[head, entry, channel])
+            apart = (high - low) / most
+            scale[head, entry, part], least[head, entry, part] = apart, low
+            for channel in range(begin, end):
+                step = (x[head, entry, channel] - low) / apart if apart > 0 else np.float32(0)
+                found[channel] = np.uint8(np.rint(min(max(step, np.float32(0)), most)))
+        first = shift = 0
+        for width in (8, 4, 2, 1):
+            if bits & width:
+                length, mask = dim * width // 8, (1 << width) - 1
+                for channel in range(dim):
+                    field = ((found[channel] >> shift) & mask) << (channel // length * width)
+                    packed[head, entry, first + channel % length] |= field
+                first, shift = first + length, shift + width
 
 
 @compiled
-def _room(dim: Any) -> tuple[Any, Any]:
-    """Memory to unpack into: as words [entries, words], and as levels [entries, head_dim], uint8."""
-    levels = np.empty((AT_ONCE, dim), np.uint8)
-    return levels.view(np.uint64), levels
-
-
-@compiled
-def _unpack(packed: Any, bits: Any, levels: Any) -> None:
-    """What `packing.pack` was given of some entries, words [entries, words], into words of a byte a level."""
-    first = shift = 0
-    for width in (8, 4, 2, 1):
-        if bits & width:
-            count = levels.shape[1] * width // 8
-            mask = np.uint64(ONES * np.uint64((1 << width) - 1))
-            for place in range(8 // width):
-                start, right, left = place * count, np.uint64(place * width), np.uint64(shift)
-                for entry in range(len(levels)):
-                    for at in range(count):
-                        fields = ((packed[entry, first + at] >> right) & mask) << left
-                        levels[entry, start + at] = levels[entry, start + at] | fields if shift else fields
-            first, shift = first + count, shift + width
-
-
-@compiled
-def _multiply_runs(query: Any, column: Any, head: Any, start: Any, levels: Any, logits: Any) -> None:
-    """The products of entries start..., whose groups are runs of entries: scales go to the query."""
-    queries, dim = query.shape
-    scaled, group, at = np.empty_like(query), 0, 0
-    while at < len(levels):
-        while column.ends[head, group] <= start + at:
+def _write(side: Any, channels: Any, head: Any, start: Any, count: Any, written: Any) -> None:
+    """Write entries start... of a head, encoded and recent ones, as numbers [entries, head_dim]."""
+    length, packed, scale, least, ends, bits, group_size, recent = side
+    old = min(max(length - start, 0), count)
+    first = head * packed.shape[1] + start
+    if ends.shape[1] == 0:
+        for entry in range(old):
+            scales = spread(scale, first + entry, channels, group_size)
+            leasts = spread(least, first + entry, channels, group_size)
+            put(written, entry, levels(packed, first + entry, channels, bits) * scales + leasts)
+    else:
+        group, entry = np.searchsorted(ends[head], start, side="right"), 0
+        while entry < old:
+            stop, place = min(ends[head, group] - start, old), head * scale.shape[1] + group
+            scales, leasts = vector(scale, place, channels), vector(least, place, channels)
+            while entry < stop:
+                put(written, entry, levels(packed, first + entry, channels, bits) * scales + leasts)
+                entry += 1
             group += 1
-        stop = min(column.ends[head, group] - start, len(levels))
-        scales = column.scale[head, group]
+    first = head * recent.shape[1] + start - length
+    for entry in range(old, count):
+        put(written, entry, vector(recent, first + entry, channels))
+
+
+@compiled
+def _attend_to_parts(
+    thread: Any,
+    threads: Any,
+    query: Any,
+    channels: Any,
+    length: Any,
+    keys: Any,
+    values: Any,
+    highest: Any,
+    sums: Any,
+    mixtures: Any,
+) -> None:
+    """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
+    heads, parts, queries, dim = mixtures.shape
+    logits, written = np.empty((queries, PART), np.float32), np.empty((AT_ONCE, dim), np.float32)
+    for job in range(thread, heads * parts, threads):
+        head, part = job // parts, job % parts
+        begin, end = part * PART, min((part + 1) * PART, length)
+        for start in range(begin, end, AT_ONCE):
+            count = min(AT_ONCE, end - start)
+            _write(keys, channels, head, start, count, written)
+            for each in range(queries):
+                row = vector(query, head * queries + each, channels)
+                for entry in range(count):
+                    logits[each, start - begin + entry] = total(row * vector(written, entry, channels))
         for each in range(queries):
-            shared, row = product(query[each], column.least[head, group]), scaled[each]
-            for channel in range(dim):
-                row[channel] = query[each, channel] * scales[channel]
-            result = logits[each][start + at : start + stop]
-            for entry in range(stop - at):
-                result[entry] = shared + product(row, levels[at + entry])
-        at = stop
-
-
-@compiled
-def _scale_channels(column: Any, head: Any, start: Any, levels: Any, numbers: Any) -> None:
-    """Write entries start..., whose groups are of channels, as numbers [entries, head_dim]."""
-    for entry in range(len(levels)):
-        for part in range(column.scale.shape[2]):
-            scale, least = column.scale[head, start + entry, part], column.least[head, start + entry, part]
-            begin = part * column.group_size
-            row = numbers[entry][begin : begin + column.group_size]
-            some = levels[entry][begin : begin + column.group_size]
-            for channel in range(len(row)):
-                row[channel] = np.float32(some[channel]) * scale + least
-
-
-@compiled
-def _multiply_channels(query: Any, column: Any, head: Any, start: Any, levels: Any, logits: Any) -> None:
-    """The products of entries start..., whose groups are of channels."""
-    numbers = np.empty(levels.shape, np.float32)
-    _scale_channels(column, head, start, levels, numbers)
-    for each in range(len(query)):
-        result = logits[each][start : start + len(levels)]
-        for entry in range(len(levels)):
-            result[entry] = product(query[each], numbers[entry])
-
-
-@compiled
-def _mix_runs(weights: Any, column: Any, head: Any, start: Any, levels: Any, mixture: Any) -> None:
-    """Add entries start..., whose groups are runs of entries: the mixture of a group's levels is scaled."""
-    queries, dim = mixture.shape
-    of_group, group, at = np.empty(dim, np.float32), 0, 0
-    while at < len(levels):
-        while column.ends[head, group] <= start + at:
-            group += 1
-        stop = min(column.ends[head, group] - start, len(levels))
-        scales, leasts = column.scale[head, group], column.least[head, group]
-        for each in range(queries):
-            some, row = weights[each][start + at : start + stop], mixture[each]
-            of_group[:] = 0
-            add_weighted(of_group, some, levels[at:stop])
-            whole = some.sum()
-            for channel in range(dim):
-                row[channel] += scales[channel] * of_group[channel] + leasts[channel] * whole
-        at = stop
-
-
-@compiled
-def _mix_channels(weights: Any, column: Any, head: Any, start: Any, levels: Any, mixture: Any) -> None:
-    """Add entries start..., whose groups are of channels."""
-    numbers = np.empty(levels.shape, np.float32)
-    _scale_channels(column, head, start, levels, numbers)
-    for each in range(len(mixture)):
-        add_weighted(mixture[each], weights[each][start : start + len(levels)], numbers)
-
-
-@compiled
-def _multiply(thread: Any, threads: Any, column: Any, query: Any, logits: Any) -> None:
-    """The products of every `threads`-th share of the entries."""
-    heads, _, length = logits.shape
-    words, levels = _room(query.shape[2])
-    shares = (length + SHARE - 1) // SHARE
-    for job in range(thread, heads * shares, threads):
-        head, begin = job // shares, job % shares * SHARE
-        for start in range(begin, min(begin + SHARE, length), AT_ONCE):
-            count = min(AT_ONCE, length - start)
-            _unpack(column.packed[head, start : start + count], column.bits, words[:count])
-            arguments = query[head], column, head, start, levels[:count], logits[head]
-            if column.ends.size:
-                _multiply_runs(*arguments)
-            else:
-                _multiply_channels(*arguments)
-
-
-@compiled
-def _mix(thread: Any, threads: Any, column: Any, weights: Any, mixtures: Any) -> None:
-    """The mixtures [heads, shares, queries, head_dim] of every `threads`-th share of the entries."""
-    heads, shares, _, dim = mixtures.shape
-    length = weights.shape[2]
-    words, levels = _room(dim)
-    for job in range(thread, heads * shares, threads):
-        head, share = job // shares, job % shares
-        for start in range(share * SHARE, min((share + 1) * SHARE, length), AT_ONCE):
-            count = min(AT_ONCE, length - start)
-            _unpack(column.packed[head, start : start + count], column.bits, words[:count])
-            arguments = weights[head], column, head, start, levels[:count], mixtures[head, share]
-            if column.ends.size:
-                _mix_runs(*arguments)
-            else:
-                _mix_channels(*arguments)
+            highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: end - begin])
+            put(mixtures, job * queries + each, repeated(np.float32(0), channels))
+        for start in range(begin, end, AT_ONCE):
+            count = min(AT_ONCE, end - start)
+            _write(values, channels, head, start, count, written)
+            for each in range(queries):
+                mixture = vector(mixtures, job * queries + each, channels)
+                for entry in range(count):
+                    weight = repeated(logits[each, start - begin + entry], channels)
+                    mixture = mixture + weight * vector(written, entry, channels)
+                put(mixtures, job * queries + each, mixture)
 
 
 @in_threads
-def _multiply_in_threads(threads: Any, column: Any, query: Any, logits: Any) -> None:
+def _attend_in_threads(
+    threads: Any, query: Any, channels: Any, length: Any, keys: Any, values: Any, highest: Any, sums: Any, mixtures: Any
+) -> None:
     for thread in prange(threads):
-        _multiply(thread, threads, column, query, logits)
-
-
-@in_threads
-def _mix_in_threads(threads: Any, column: Any, weights: Any, mixtures: Any) -> None:
-    for thread in prange(threads):
-        _mix(thread, threads, column, weights, mixtures)
+        _attend_to_parts(thread, threads, query, channels, length, keys, values, highest, sums, mixtures)

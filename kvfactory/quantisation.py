@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, Positions
+from .buffers import Buffer, Growing, Positions
 from .columns import AgingBuffer, Column, Encoder, Piece
 from .compiled import has_numba
 from .context import LayerContext
@@ -19,11 +20,14 @@ from .packing import Groups, pack, unpack
 from .storage import Quantisation
 
 if TYPE_CHECKING:
-    from .numba_levels import Uniform
+    from .numba_levels import Encoded
 
 Bits = Literal[2, 3, 4, 8]
 ENTRIES_AT_ONCE = 4096
 """Of a column that are written out together to be multiplied: more take longer, since their memory is asked for anew."""
+
+LANES = 16
+"""Compiled loops are for channels in whole vectors of so many: others take long to compile and gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,23 @@ class UniformColumn(Column):
     quantisation; a group of equal numbers has a scale of 0 and is exact).
     """
 
-    packed: Tensor
+    packed: Growing
     """[heads, length, head_dim * bits / 8], uint8."""
-    scale: Tensor
+    scale: Growing
     """[heads, groups, head_dim] for groups of entries, [heads, length, groups] for groups of channels."""
-    least: Tensor
+    least: Growing
     """As `scale`."""
     groups: Groups | None
     """Of entries, or None for groups of channels."""
     bits: int
     group_size: int
+
+    @classmethod
+    def of(
+        cls, packed: Tensor, scale: Tensor, least: Tensor, groups: Groups | None, bits: int, group_size: int
+    ) -> UniformColumn:
+        """The column of these tensors."""
+        return cls(Growing(packed), Growing(scale), Growing(least), groups, bits, group_size)
 
     @classmethod
     def per_channel(cls, x: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> UniformColumn:
@@ -56,19 +67,24 @@ class UniformColumn(Column):
         scale = (most - least) / (2**bits - 1)
         index = groups.index()
         levels = _levels(x, entries(least, index), entries(scale, index), bits=bits)
-        return cls(levels, scale.to(dtype), least.to(dtype), groups, bits, group_size)
+        return cls.of(levels, scale.to(dtype), least.to(dtype), groups, bits, group_size)
 
     @classmethod
     def per_token(cls, x: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> UniformColumn:
         """Groups of channels of each entry of x [heads, length, head_dim]; the last may be short."""
         exact = x.float()
+        if has_numba(x.device):
+            from .numba_levels import by_channels  # late, as elsewhere: nobody else waits for its import
+
+            levels, scale, least = by_channels(exact, bits, group_size)
+            return cls.of(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
         least, most = (_by_channels(exact, group_size, reduce) for reduce in (torch.amin, torch.amax))
         scale = (most - least) / (2**bits - 1)
         levels = _levels(x, *(_of_channels(each, group_size, x.shape[-1]) for each in (least, scale)), bits=bits)
-        return cls(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
+        return cls.of(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
 
     def decoded(self) -> Tensor:
-        levels, scale, least = self._levels(), self.scale.float(), self.least.float()
+        levels, scale, least = self._levels(), self.scale.read().float(), self.least.read().float()
         if self.groups is None:
             return self._scaled(levels, scale).add_(_of_channels(least, self.group_size, levels.shape[-1]))
         if size := self.groups.size:
@@ -79,7 +95,7 @@ class UniformColumn(Column):
 
     def _levels(self, start: int = 0, end: int | None = None) -> Tensor:
         """Those of entries start..end, [heads, entries, head_dim], float32."""
-        return unpack(self.packed[:, start:end], self.bits).float()
+        return unpack(self.packed.read()[:, start:end], self.bits).float()
 
     def _scaled(self, levels: Tensor, scale: Tensor) -> Tensor:
         """Levels times the scales of groups of channels, both float32; the levels are overwritten."""
@@ -88,42 +104,34 @@ class UniformColumn(Column):
         return levels.unflatten(-1, (-1, self.group_size)).mul_(scale[..., None]).flatten(-2)
 
     def products(self, query: Tensor) -> Tensor:
-        if compiled := self._compiled():
-            from .numba_levels import products
-
-            return products(query, compiled)
         if self.groups is None or not self.groups.size:
             return super().products(query)
         return torch.cat([self._products(query, *part) for part in self._parts(self.groups.size)], -1)
 
     def mixed(self, weights: Tensor) -> Tensor:
-        if compiled := self._compiled():
-            from .numba_levels import mixed
-
-            return mixed(weights, compiled)
         if self.groups is not None:
             return super().mixed(weights)
         return torch.stack([self._mixed(weights, *part) for part in self._parts(1)]).sum(0)
 
-    def _compiled(self) -> Uniform | None:
-        """This for compiled loops, where there are any for it."""
-        if not has_numba(self.packed.device):
+    @cached_property
+    def compiled(self) -> Encoded | None:
+        if not has_numba(self.packed.held.device) or self.packed.held.shape[2] * 8 // self.bits % LANES:
             return None
-        from .numba_levels import uniform  # late: nobody else waits for its import
+        from .numba_levels import uniform
 
         counts = None if self.groups is None else self.groups.counts
-        return uniform(self.packed, self.scale, self.least, counts, *self._form)
+        return uniform(self.packed.length, self.packed.held, self.scale.held, self.least.held, counts, *self._form)
 
     def _parts(self, step: int) -> Iterator[tuple[int, int]]:
         """Starts and ends of runs of entries, whole groups of `step`, that are worked on together."""
-        length, at_once = self.packed.shape[1], max(ENTRIES_AT_ONCE // step, 1) * step
+        length, at_once = self.packed.length, max(ENTRIES_AT_ONCE // step, 1) * step
         return ((start, min(start + at_once, length)) for start in range(0, max(length, 1), at_once))
 
     def _products(self, query: Tensor, start: int, end: int) -> Tensor:
         """With groups of consecutive entries: scales go to the query, and what all entries of a group share is added."""
         assert self.groups is not None and self.groups.size
         size = self.groups.size
-        scale, least = (x[:, start // size : end // size].float() for x in (self.scale, self.least))
+        scale, least = (x.read()[:, start // size : end // size].float() for x in (self.scale, self.least))
         scaled = query[:, None] * scale[:, :, None]
         shared = (query @ least.transpose(1, 2)).transpose(1, 2)
         levels = self._levels(start, end).view(-1, size, query.shape[-1])
@@ -133,26 +141,33 @@ class UniformColumn(Column):
     def _mixed(self, weights: Tensor, start: int, end: int) -> Tensor:
         """With groups of channels: what all channels of a group share is mixed by itself."""
         some, levels = weights[..., start:end], self._levels(start, end)
-        scale, least = (x[:, start:end].float() for x in (self.scale, self.least))
+        scale, least = (x.read()[:, start:end].float() for x in (self.scale, self.least))
         shared = _of_channels(some @ least, self.group_size, levels.shape[-1])
         return shared + some @ self._scaled(levels, scale)
 
     def keep(self, index: Tensor) -> UniformColumn:
-        packed = entries(self.packed, index)
+        packed, scale, least = entries(self.packed.read(), index), self.scale.read(), self.least.read()
         if self.groups is None:
-            return UniformColumn(packed, entries(self.scale, index), entries(self.least, index), None, *self._form)
+            return UniformColumn.of(packed, entries(scale, index), entries(least, index), None, *self._form)
         groups, left = self.groups.keep(index)
-        return UniformColumn(packed, self.scale[:, left], self.least[:, left], groups, *self._form)
+        return UniformColumn.of(packed, scale[:, left], least[:, left], groups, *self._form)
 
     def heads(self) -> list[UniformColumn]:
-        groups = [None] * len(self.packed) if self.groups is None else self.groups.heads()
-        parts = zip(self.packed.split(1), self.scale.split(1), self.least.split(1), groups, strict=True)
-        return [UniformColumn(p.clone(), s.clone(), m.clone(), group, *self._form) for p, s, m, group in parts]
+        packed, scale, least = (each.read().split(1) for each in (self.packed, self.scale, self.least))
+        groups = [None] * len(packed) if self.groups is None else self.groups.heads()
+        return [
+            UniformColumn.of(p.clone(), s.clone(), m.clone(), group, *self._form)
+            for p, s, m, group in zip(packed, scale, least, groups, strict=True)
+        ]
 
     def joined(self, later: UniformColumn) -> UniformColumn:
         packed, scale, least = (
-            torch.cat(pair, 1)
-            for pair in ((self.packed, later.packed), (self.scale, later.scale), (self.least, later.least))
+            earlier.joined(new.read())
+            for earlier, new in (
+                (self.packed, later.packed),
+                (self.scale, later.scale),
+                (self.least, later.least),
+            )
         )
         groups = self.groups and later.groups and self.groups.joined(later.groups)
         return UniformColumn(packed, scale, least, groups, *self._form)

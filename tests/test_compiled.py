@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvfactory import Engine, LayerContext, load_method
 from kvfactory.inference import PackedLinear, for_inference
 from kvfactory.kernels import KERNELS, kernel_of, sdpa_prefill
-from kvfactory.packing import pack
 from kvfactory.quantisation import UniformColumn
 from kvfactory.testing import tiny_model, tiny_prompts
 
@@ -122,32 +122,37 @@ def test_a_prompts_attention_tells_its_sums_and_they_give_what_keys_received(tok
     assert mass.sum(1).tolist() == pytest.approx([tokens] * 6, rel=exact)
 
 
-@settings(max_examples=60)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "bits", "group"), [(64, 2, 32), (32, 3, 24), (16, 8, 1000), (80, 4, 16), (64, 5, 8)])
+@settings(max_examples=15)
 @given(st.data())
-def test_levels_are_multiplied_as_they_are_decoded(data: st.DataObject) -> None:
-    bits, size = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([8, 24, 32, 64, 1000]))
-    heads, length, queries = (data.draw(st.integers(1, most)) for most in (3, 600, 4))
-    per = data.draw(st.sampled_from([UniformColumn.per_channel, UniformColumn.per_token]))
+def test_encoded_and_recent_entries_are_attended_to_as_they_are_decoded(
+    dim: int, bits: int, group: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    heads, queries, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), data.draw(st.integers(2, 1300))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    x, query = (torch.randn(heads, count, 64, generator=generator) for count in (length, queries))
-    column = per(x, bits, min(size, length if per == UniformColumn.per_channel else 64), torch.float16)
-    if data.draw(st.booleans()):  # an eviction leaves groups of different sizes
-        left = data.draw(st.integers(1, length))
-        column = column.keep(
-            torch.stack([torch.randperm(length, generator=generator)[:left].sort().values for _ in range(heads)])
-        )
-    assert column._compiled() is not None
-    decoded = column.decoded()
-    torch.testing.assert_close(column.products(query), query @ decoded.transpose(1, 2), rtol=1e-4, atol=1e-4)
-    weights = torch.rand(heads, queries, decoded.shape[1], generator=generator)
-    torch.testing.assert_close(column.mixed(weights), weights @ decoded, rtol=1e-4, atol=1e-3)
-
-
-def test_levels_that_fill_no_words_are_left_to_torch() -> None:
-    levels = torch.zeros(1, 4, 16, dtype=torch.uint8)
-    scales = torch.ones(1, 4, 1)
-    for bits, whole in ((8, True), (4, True), (2, False), (3, False)):
-        assert (numba_levels.uniform(pack(levels, bits), scales, scales, None, bits, 16) is not None) == whole
+    query, keys, values = (
+        torch.randn(heads, count, dim, generator=generator).to(dtype) for count in (queries, length, length)
+    )
+    olds = [data.draw(st.integers(1, length - 1)) for _ in range(2)]
+    both, left, later = min(olds), data.draw(st.integers(1, min(olds))), data.draw(st.booleans())
+    columns, recent, decoded = [], [], []
+    for x, old, quantise in zip(
+        (keys, values), olds, (UniformColumn.per_channel, UniformColumn.per_token), strict=True
+    ):
+        encode = partial(quantise, bits=bits, group_size=group, dtype=torch.float16)
+        column, rest = encode(x[:, :old]), x[:, old:]
+        if left < both:  # an eviction leaves groups of different sizes
+            some = [torch.randperm(both, generator=generator)[:left].sort().values for _ in range(heads)]
+            column = column.keep(torch.stack([torch.cat([each, torch.arange(both, old)]) for each in some]))
+        if later:  # there is room behind it then
+            column, rest = column.joined(encode(rest)), rest[:, :0]
+        columns.append(column.compiled)
+        recent.append(rest)
+        decoded.append(torch.cat([column.decoded(), rest.float()], 1))
+    attended = numba_levels.attend(query, columns[0], recent[0], columns[1], recent[1])
+    for each, key, value, output in zip(query, *decoded, attended, strict=True):
+        torch.testing.assert_close(output.double(), plain(each, key, value), rtol=1e-4, atol=1e-4)
 
 
 def test_other_kernels_and_devices_have_no_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 from calibrations import small_settings
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from kvfactory import DenseStore, EvictionMethod, RaggedStore, Store, load_method
+from kvfactory.buffers import Growing
 from kvfactory.registry import get_registry
 from kvfactory.testing import compress_layer, tensors_of
 
@@ -277,3 +278,29 @@ def test_what_a_store_lets_go_of_is_free(name: str, granularity: str) -> None:
     if type(store) in (DenseStore, RaggedStore):
         entries = sum(store.lengths()) * (2 * 16 * 4 + POSITION_BYTES)
         assert 0 <= store.nbytes() - entries <= bookkeeping(store)
+
+
+@given(st.data())
+def test_what_grows_never_changes_behind_anybody(data: st.DataObject) -> None:
+    numbers = iter(range(10_000))
+
+    def some() -> Tensor:
+        count = data.draw(st.integers(0, 40))
+        return torch.tensor([[next(numbers) for _ in range(count)]] * 2)[..., None]
+
+    first = some()
+    twins = [(Growing(first), first)]
+    for _ in range(data.draw(st.integers(1, 12))):
+        (growing, held), later = data.draw(st.sampled_from(twins)), some()
+        twins.append((growing.joined(later), torch.cat([held, later], 1)))
+        assert all(torch.equal(each.read(), expected) for each, expected in twins)
+    longest = max(twins, key=lambda twin: twin[0].length)[0]
+    assert longest.nbytes <= 8 * 2 * (longest.length + longest.length // 32 + 40)
+
+
+def test_what_grows_is_rarely_copied() -> None:
+    growing, copies = Growing(torch.zeros(2, 640, 1)), 0
+    for _ in range(64):
+        before, growing = growing.held, growing.joined(torch.ones(2, 1, 1))
+        copies += growing.held is not before
+    assert growing.read().sum() == 128 and copies == 3

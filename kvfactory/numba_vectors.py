@@ -1,0 +1,228 @@
+"""Numbers of an entry as one value in compiled loops: what a processor does to all of them at once is one operation here.
+
+The compiler makes vectors of plain loops too, but only of long ones, whose length it knows when it runs, and not of what is
+inside of them. A vector has its size in its type, so that every loop over its numbers is gone before it runs. Arrays are
+indexed by entries, however many dimensions they have, and nobody looks whether an index is too large.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils
+from numba.extending import models, overload, register_model
+from torch import Tensor
+
+from .packing import PLANES
+
+intrinsic: Any = extending.intrinsic  # its type forgets that compiled functions leave the first argument out
+FLOAT = ir.FloatType()
+FREE = ("reassoc", "contract", "nsz", "arcp")
+"""As `numba_loops.compiled`."""
+
+
+KINDS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.uint8: torch.uint8,
+}
+"""What numbers of a tensor are in compiled functions, which know no others of two bytes than integers."""
+
+
+def numbers(x: Tensor) -> Any:
+    """A tensor as an array without gaps, whose entries are taken by `vector` and `spread`."""
+    return x.contiguous().view(KINDS[x.dtype]).numpy()
+
+
+@cache
+def size(count: int) -> Any:
+    """A number as something whose type says it to compiled functions: no records at all, of so many bytes."""
+    return np.empty(0, np.dtype([("bytes", np.uint8, (count,))]))
+
+
+def _count(kind: Any) -> int:
+    """Of the type of what `size` gives."""
+    return int(kind.dtype.size)
+
+
+class Vector(types.Type):
+    """So many numbers, float32."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(name=f"Vector({count})")
+        self.count = count
+
+
+@register_model(Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(FLOAT, kind.count))
+
+
+@intrinsic
+def vector(typing_context: Any, numbers: Any, index: Any, count: Any) -> Any:
+    """Entry `index` of an array without gaps whose entries have `count` numbers: as `numbers` gives it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0].dtype
+        found = _load(context, builder, signature, arguments, _count(count))
+        return _as_float(builder, found, kind)
+
+    return Vector(_count(count))(numbers, index, count), generate
+
+
+@intrinsic
+def levels(typing_context: Any, packed: Any, index: Any, count: Any, bits: Any) -> Any:
+    """What `packing.pack` was given of entry `index` of packed bytes, whose levels have so many bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total = _count(count)
+        found = _load(context, builder, signature, arguments, total * _count(bits) // 8)
+        planes, first, shift = [], 0, 0
+        for width in PLANES[_count(bits)]:
+            length = total * width // 8
+            some = _chosen(builder, found, range(first, first + length))
+            fields = [
+                builder.and_(builder.lshr(some, _all(some, place)), _all(some, 2**width - 1))
+                for place in range(0, 8, width)
+            ]
+            plane = _joined(builder, fields)
+            planes.append(builder.shl(plane, _all(plane, shift)))
+            first, shift = first + length, shift + width
+        whole = planes[0]
+        for plane in planes[1:]:
+            whole = builder.or_(whole, plane)
+        return _as_float(builder, whole, types.uint8)
+
+    return Vector(_count(count))(packed, index, count, bits), generate
+
+
+@intrinsic
+def spread(typing_context: Any, numbers: Any, index: Any, count: Any, group: Any) -> Any:
+    """Entry `index` of an array with a number for every `group` channels, of which there are `count`, for each of those."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        parts, dim = -(-_count(count) // _count(group)), _count(count)
+        found = _load(context, builder, signature, arguments, parts)
+        exact = _as_float(builder, found, signature.args[0].dtype)
+        return _chosen(builder, exact, [channel // _count(group) for channel in range(dim)])
+
+    return Vector(_count(count))(numbers, index, count, group), generate
+
+
+@intrinsic
+def put(typing_context: Any, numbers: Any, index: Any, value: Any) -> Any:
+    """Write a vector as entry `index` of an array of float32 without gaps."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = _place(context, builder, signature, arguments, arguments[2].type)
+        builder.store(arguments[2], where, align=4)
+        return context.get_dummy_value()
+
+    return types.void(numbers, index, value), generate
+
+
+@intrinsic
+def total(typing_context: Any, value: Any) -> Any:
+    """The sum of a vector's numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = arguments[0].type
+        name = f"llvm.vector.reduce.fadd.v{kind.count}f32"
+        add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, [FLOAT, kind]), name)
+        return builder.call(add, [ir.Constant(FLOAT, -0.0), arguments[0]], fastmath=FREE)
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def repeated(typing_context: Any, number: Any, count: Any) -> Any:
+    """A vector of one number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        exact = context.cast(builder, arguments[0], signature.args[0], types.float32)
+        one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined), exact, _int32(0))
+        return _chosen(builder, one, [0] * _count(count))
+
+    return Vector(_count(count))(number, count), generate
+
+
+def _between(operation: Callable[..., Any], name: str) -> None:
+    """Let compiled functions do this to two vectors."""
+
+    @intrinsic
+    def apply(typing_context: Any, left: Any, right: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return getattr(builder, name)(*arguments, flags=FREE)
+
+        return left(left, right), generate
+
+    @overload(operation, inline="always", strict=False)
+    def typed(left: Any, right: Any) -> Any:
+        if isinstance(left, Vector) and isinstance(right, Vector) and left.count == right.count:
+            return lambda left, right: apply(left, right)
+        return None
+
+
+_between(operator.add, "fadd")
+_between(operator.mul, "fmul")
+
+
+def _place(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any) -> Any:
+    """A pointer to an array's entry, one of a vector type."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    index = context.cast(builder, arguments[1], signature.args[1], types.intp)
+    start = builder.mul(index, ir.Constant(index.type, kind.count))
+    return builder.bitcast(builder.gep(array.data, [start]), kind.as_pointer())
+
+
+def _load(context: Any, builder: Any, signature: Any, arguments: Any, count: int) -> Any:
+    """An array's entry of `count` numbers as they are."""
+    kind = signature.args[0].dtype
+    held = ir.VectorType(context.get_data_type(kind), count)
+    return builder.load(_place(context, builder, signature, arguments, held), align=kind.bitwidth // 8)
+
+
+def _as_float(builder: Any, numbers: Any, kind: Any) -> Any:
+    """Numbers of an array of this kind as float32."""
+    exact = ir.VectorType(FLOAT, numbers.type.count)
+    if kind == types.float32:
+        return numbers
+    if kind == types.int16:
+        return builder.fpext(builder.bitcast(numbers, ir.VectorType(ir.HalfType(), numbers.type.count)), exact)
+    wide = builder.zext(numbers, ir.VectorType(ir.IntType(32), numbers.type.count))
+    if kind == types.uint16:  # bfloat16 is the upper half of a float32
+        return builder.bitcast(builder.shl(wide, _all(wide, 16)), exact)
+    return builder.sitofp(wide, exact)
+
+
+def _chosen(builder: Any, numbers: Any, places: Any) -> Any:
+    """Those of a vector at some places."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+    return builder.shuffle_vector(numbers, ir.Constant(numbers.type, ir.Undefined), mask)
+
+
+def _joined(builder: Any, parts: list[Any]) -> Any:
+    """Vectors of one length, a power of two of them, behind each other."""
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(count)))
+        parts = [builder.shuffle_vector(*pair, mask) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _all(like: Any, number: int) -> Any:
+    """A vector of one integer, of the type of another's."""
+    return ir.Constant(like.type, [number] * like.type.count)
+
+
+def _int32(number: int) -> Any:
+    return ir.Constant(ir.IntType(32), number)
