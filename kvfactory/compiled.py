@@ -14,6 +14,18 @@ def is_installed() -> bool:
     return find_spec("numba") is not None
 
 
+LANES = 16
+
+
 def has_numba(device: torch.device) -> bool:
     """Whether it is a CPU, and Numba is installed."""
     return device.type == "cpu" and is_installed()
+
+
+def has_vectors(device: torch.device, channels: int) -> bool:
+    """Whether loops over vectors may be compiled for so many channels.
+
+    They are compiled anew for each number of channels, which takes seconds, and gain nothing where it fills no vectors of a
+    processor's.
+    """
+    return channels % LANES == 0 and has_numba(device)

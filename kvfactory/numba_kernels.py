@@ -31,7 +31,7 @@ def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) 
     keys, values = _side_by_side(keys), _side_by_side(values)
     own = np.full(rows * heads, capacity) if lengths is None else lengths.numpy().ravel()
     folded = query.reshape(rows * heads, -1, dim)
-    return _attend(folded, _starts(keys), _starts(values), own, keys.dtype).view_as(query)
+    return _attend(folded, starts_of(keys), starts_of(values), own, keys.dtype).view_as(query)
 
 
 def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     keys, values = _side_by_side(keys), _side_by_side(values)
     exact = (query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim)).numpy()
     weights = np.empty((*exact.shape[:2], length), np.float32)
-    run(_weigh, _weigh_in_threads, exact, _starts(keys), _starts(values), NUMBERS[keys.dtype], weights)
+    run(_weigh, _weigh_in_threads, exact, starts_of(keys), starts_of(values), NUMBERS[keys.dtype], weights)
     return torch.from_numpy(exact).to(query.dtype).view_as(query), torch.from_numpy(weights).view(
         rows, heads, -1, length
     )
@@ -60,7 +60,7 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride()[2:] == (x.shape[-1], 1) else x.contiguous()
 
 
-def _starts(x: Tensor) -> Any:
+def starts_of(x: Tensor) -> Any:
     """Where the entries of each head of x [rows, heads, length, head_dim] begin, [rows * heads], int64."""
     size = x.element_size()
     starts = _addresses(x.data_ptr(), size * x.stride(0), size * x.stride(1), *x.shape[:2])
@@ -100,7 +100,7 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 @compiled
-def _entries(address: Any, length: Any, dim: Any, number: Any) -> Any:
+def entries_at(address: Any, length: Any, dim: Any, number: Any) -> Any:
     """Entries [length, head_dim] at an address."""
     return carray(_pointer(address), (length, dim), number.dtype)  # type: ignore[call-arg]
 
@@ -128,8 +128,8 @@ def _attend_to_parts(
         if start >= stop:
             highest[head, part] = -np.inf
             continue
-        of_keys = _entries(keys[head], lengths[head], dim, number)[start:stop]
-        of_values = _entries(values[head], lengths[head], dim, number)[start:stop]
+        of_keys = entries_at(keys[head], lengths[head], dim, number)[start:stop]
+        of_values = entries_at(values[head], lengths[head], dim, number)[start:stop]
         for at in range(len(of_keys)):
             for each in range(queries):
                 logits[each, at] = product(query[head, each], of_keys[at])
@@ -183,8 +183,8 @@ def _weigh(thread: Any, threads: Any, query: Any, keys: Any, values: Any, number
     heads, queries, length = weights.shape
     dim = query.shape[2]
     for head in range(thread, heads, threads):
-        of_keys = _entries(keys[head], length, dim, number)
-        of_values = _entries(values[head], length, dim, number)
+        of_keys = entries_at(keys[head], length, dim, number)
+        of_values = entries_at(values[head], length, dim, number)
         for each in range(queries):
             row, own = weights[head, each], query[head, each]
             for at in range(length):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .buffers import Buffer, Growing, Positions
 from .columns import AgingBuffer, Column, Encoder, Piece
-from .compiled import has_numba
+from .compiled import has_numba, has_vectors
 from .context import LayerContext
 from .errors import at_least, require
 from .indexing import entries
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 Bits = Literal[2, 3, 4, 8]
 ENTRIES_AT_ONCE = 4096
 """Of a column that are written out together to be multiplied: more take longer, since their memory is asked for anew."""
-
-LANES = 16
-"""Compiled loops are for channels in whole vectors of so many: others take long to compile and gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,8 @@ class UniformColumn(Column):
 
     @cached_property
     def compiled(self) -> Encoded | None:
-        if not has_numba(self.packed.held.device) or self.packed.held.shape[2] * 8 // self.bits % LANES:
+        packed = self.packed.held
+        if not has_vectors(packed.device, packed.shape[2] * 8 // self.bits):
             return None
         from .numba_levels import uniform
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from kvfactory import LayerContext, Reading, Store, at_least, hookimpl
+from kvfactory.buffers import Growing
+from kvfactory.compiled import has_vectors
 from kvfactory.hookspecs import RegisterMethod, RegisterRetrieval
 from kvfactory.indexing import entries, largest
 from kvfactory.storage import Retrieval
@@ -56,39 +58,56 @@ class Quest(Retrieval):
 
     def choose(self, query: Tensor, pages: Pages) -> Tensor | None:
         """Pages that each query head of query [query_heads, head_dim] reads, [query_heads, count], ascending; None: all."""
-        count = max(self.token_budget // self.page_size, LEAST_PAGES)
-        if count >= pages.least.shape[1]:
+        count = self.count(pages)
+        if count is None:
             return None
-        bounds = page_scores(query, pages.least, pages.most)
-        if self.newest_size:
-            bounds[:, max(pages.length - self.newest_size, 0) // self.page_size :] = torch.inf
+        bounds = page_scores(query, *pages.bounds())
+        bounds[:, self.first_always(pages) :] = torch.inf
         return largest(bounds, count).nonzero()[:, 1].view(len(bounds), count)
+
+    def count(self, pages: Pages) -> int | None:
+        """How many pages are read; None: all."""
+        count = max(self.token_budget // self.page_size, LEAST_PAGES)
+        return None if count * self.page_size >= pages.length else count
+
+    def first_always(self, pages: Pages) -> int:
+        """The first of the pages that are always read."""
+        newest = max(pages.length - self.newest_size, 0) if self.newest_size else pages.length + self.page_size
+        return newest // self.page_size
 
 
 class Pages(NamedTuple):
-    """What is noted of the pages of heads that hold equally many entries; the last page may be short."""
+    """What is noted of the pages of heads that hold equally many entries: the least and the greatest numbers of channels."""
 
-    least: Tensor
-    """[heads, pages, head_dim]."""
-    most: Tensor
+    full: Growing
+    """[heads, pages, 2, head_dim]."""
+    short: Tensor
+    """Of the last page, if it is short, [heads, 1 or 0, 2, head_dim]."""
     length: int
 
     @classmethod
     def of(cls, keys: Tensor, page_size: int, before: Pages | None = None) -> Pages:
         """Those of keys [heads, length, head_dim]; full pages `before` are as they were."""
-        if before is None:
-            return cls(*page_bounds(keys, page_size), keys.shape[1])
-        if before.length == keys.shape[1]:
+        if before is not None and before.length == keys.shape[1]:
             return before
-        full = before.length // page_size
-        least, most = page_bounds(keys[:, full * page_size :], page_size)
-        least, most = torch.cat([before.least[:, :full], least], 1), torch.cat([before.most[:, :full], most], 1)
-        return cls(least, most, keys.shape[1])
+        known = 0 if before is None else before.length // page_size
+        count = keys.shape[1] // page_size
+        bounds = torch.stack(page_bounds(keys[:, known * page_size :], page_size), 2)
+        new, short = bounds.split([count - known, bounds.shape[1] - (count - known)], 1)
+        if before is None:
+            return cls(Growing(new), short, keys.shape[1])
+        return cls(before.full.joined(new) if count > known else before.full, short, keys.shape[1])
 
     @classmethod
     def joined(cls, heads: Sequence[Pages]) -> Pages:
         """Those of heads with equally many entries, as one."""
-        return cls(torch.cat([each.least for each in heads]), torch.cat([each.most for each in heads]), heads[0].length)
+        full, short = torch.cat([each.full.read() for each in heads]), torch.cat([each.short for each in heads])
+        return cls(Growing(full), short, heads[0].length)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest numbers, [heads, pages, head_dim] each."""
+        least, most = torch.cat([self.full.read(), self.short], 1).unbind(2)
+        return least, most
 
     def entries(self, chosen: Tensor | None, page_size: int, query_heads: int) -> Tensor | list[Tensor]:
         """The entries of chosen pages [query_heads, count], ascending; of all where none are named.
@@ -96,10 +115,10 @@ class Pages(NamedTuple):
         [query_heads, entries], or a list of [entries] where only some read a last page that is short.
         """
         if chosen is None:
-            return torch.arange(self.length, device=self.least.device).expand(query_heads, -1)
+            return torch.arange(self.length, device=self.short.device).expand(query_heads, -1)
         at = (chosen[..., None] * page_size + torch.arange(page_size, device=chosen.device)).flatten(1)
         missing = -self.length % page_size
-        reads_last = chosen[:, -1] == self.least.shape[1] - 1
+        reads_last = chosen[:, -1] == self.length // page_size
         if not missing or not reads_last.any():
             return at
         return at[:, :-missing] if reads_last.all() else [each[each < self.length] for each in at]
@@ -159,6 +178,22 @@ class PagedStore(Store):
         keys, values = by_head([each for _, each, _ in pieces]), by_head([each for _, _, each in pieces])
         return Reading(keys, values, lambda: by_head(whole.positions_by_piece()))
 
+    def attend(self, query: Tensor) -> Tensor | None:
+        if len(self._pages) != 1 or not has_vectors(query.device, query.shape[-1]):
+            return None
+        keys, values, _ = self._store.read(query)
+        if isinstance(keys, list) or isinstance(values, list):
+            return None
+        pages = Pages.of(keys, self._quest.page_size, self._pages[0])
+        self._pages, count = [pages], self._quest.count(pages)
+        if count is None:
+            return None
+        from kvfactory.numba_pages import attend  # late: nobody else waits for its import
+
+        always = self._quest.first_always(pages)
+        attended, self._read_lengths = attend(query, keys, values, *pages[:2], self._quest.page_size, count, always)
+        return attended
+
     def _choose(self, queries: list[Tensor]) -> Tensor | list[Tensor] | None:
         """Entries that each query head reads, ascending, of queries [query_heads, head_dim] a piece; None: all."""
         chosen = [self._quest.choose(query, pages) for query, pages in zip(queries, self._pages, strict=True)]
@@ -209,7 +244,7 @@ class PagedStore(Store):
         return self._store.holders()
 
     def nbytes(self) -> int:
-        return self._store.nbytes() + sum(pages.least.nbytes + pages.most.nbytes for pages in self._pages)
+        return self._store.nbytes() + sum(pages.full.nbytes + pages.short.nbytes for pages in self._pages)
 
     def fork(self) -> Self:
         twin = copy(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from calibrations import small_settings
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvfactory_plugins.quest import PagedStore, Quest, page_bounds, page_scores
 from test_golden_methods import Golden
 from torch import Tensor
 
-from kvfactory import DenseStore, Engine, HeadwiseStore, UserError, compress, load_method
+from kvfactory import DenseStore, Engine, HeadwiseStore, Reading, UserError, compress, load_method
+from kvfactory.kernels import KERNELS, decode_attention
 from kvfactory.method import Method
 from kvfactory.registry import get_registry
 from kvfactory.testing import MethodContract, compress_layer, generate, tensors_of, tiny_model, tiny_prompts
@@ -105,9 +107,44 @@ def test_bounds_kept_up_to_date_are_those_made_anew(prompt: int, steps: list[int
         store.append(k[:, at : at + step], v[:, at : at + step], at)
         store.read(q[:, at : at + step])
         at += step
-    least, most = page_bounds(k, size)
-    assert torch.equal(torch.cat([pages.least for pages in store._pages]), least)
-    assert torch.equal(torch.cat([pages.most for pages in store._pages]), most)
+    (pages,) = store._pages
+    assert all(torch.equal(*each) for each in zip(pages.bounds(), page_bounds(k, size), strict=True))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=30)
+@given(st.data())
+def test_pages_are_attended_to_where_they_lie_as_if_they_were_gathered(dtype: torch.dtype, data: st.DataObject) -> None:
+    tokens, size = data.draw(st.integers(2, 90)), data.draw(st.integers(1, 9))
+    quest = Quest(page_size=size, token_budget=data.draw(st.integers(1, 60)), newest_size=data.draw(st.integers(0, 12)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    queries, keys, values = (torch.randn(heads, tokens, 16, generator=generator).to(dtype) for heads in (4, 2, 2))
+    start = data.draw(st.integers(1, tokens - 1))
+    stores = [PagedStore(DenseStore(keys[:, :start], values[:, :start]), quest) for _ in range(2)]
+    for at in range(start, min(start + 20, tokens)):
+        query = queries[:, at : at + 1]
+        for store in stores:
+            store.append(keys[:, at : at + 1], values[:, at : at + 1], at)
+        attended, reading = stores[0].attend(query), stores[1].read(query)
+        if attended is None:
+            assert stores[1].read_lengths() == stores[1].lengths()
+        else:
+            expected, _ = decode_attention(KERNELS["sdpa"], query.double(), exact(reading), at, None, False)
+            torch.testing.assert_close(
+                attended.double(), expected, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+            )
+            assert stores[0].read_lengths() == stores[1].read_lengths()
+        for store in stores:
+            store.observe(None)
+
+
+def exact(reading: Reading) -> Reading:
+    """In float64."""
+    keys, values = (
+        side.double() if isinstance(side, Tensor) else [each.double() for each in side] for side in reading[:2]
+    )
+    return Reading(keys, values, reading.positions)
 
 
 def test_pages_of_one_entry_are_the_best_entries() -> None:
