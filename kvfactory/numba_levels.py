@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .numba_kernels import join_parts
 from .numba_loops import compiled, exact, in_threads, run, softmax_sums
-from .numba_vectors import levels, numbers, put, repeated, size, spread, total, vector
+from .numba_vectors import levels, number, numbers, put, repeated, size, spread, total, vector
 
 AT_ONCE = 64
 """Entries that are written out together."""
@@ -39,6 +39,15 @@ class Encoded(NamedTuple):
     """A `size`."""
     group: Any
     """Channels of a group, if groups are of channels; a `size`."""
+    rows: Any = np.empty((0, 0, 0), np.float32)
+    """What is added to entries, as shares of directions: [heads, capacity, directions]."""
+    directions: Any = np.empty((0, 0, 0, 0), np.float32)
+    """[heads, blocks of entries, directions, head_dim]."""
+    block_ends: Any = np.empty((0, 0), np.int64)
+    """Where each block of entries ends, [heads, blocks], int64."""
+    where: Any = np.empty(0, np.int32)
+    """Where numbers stand in the entries [heads, length, head_dim] that are stored as they are, ascending."""
+    what: Any = np.empty(0, np.float32)
 
 
 def uniform(
@@ -48,9 +57,25 @@ def uniform(
 
     `counts` [heads, groups] are of its groups of entries, if any.
     """
-    ends = np.empty((len(packed), 0), np.int64) if counts is None else counts.long().cumsum(1).numpy()
+    ends = np.empty((len(packed), 0), np.int64) if counts is None else _ends(counts)
     group = size(1 if counts is not None else group_size)
     return Encoded(length, numbers(packed), numbers(scale), numbers(least), ends, size(bits), group)
+
+
+def corrected(
+    column: Encoded, rows: Tensor, directions: Tensor, counts: Tensor, where: Tensor, what: Tensor
+) -> Encoded:
+    """A column with rows [heads, length, directions] times directions [heads, blocks, directions, head_dim] added to it.
+
+    `counts` [heads, blocks] are of the entries of its blocks. After that, there is `what` in its numbers at `where`.
+    """
+    more = numbers(rows), numbers(directions), _ends(counts), where.numpy(), numbers(what)
+    return column._replace(**dict(zip(Encoded._fields[-5:], more, strict=True)))
+
+
+def _ends(counts: Tensor) -> Any:
+    """Where groups of so many entries [heads, groups] end."""
+    return counts.long().cumsum(1).numpy()
 
 
 def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, recent_values: Tensor) -> Tensor:
@@ -110,26 +135,58 @@ def _encode(x: Any, packed: Any, scale: Any, least: Any, bits: Any, group_size: 
 @compiled
 def _write(side: Any, channels: Any, head: Any, start: Any, count: Any, written: Any) -> None:
     """Write entries start... of a head, encoded and recent ones, as numbers [entries, head_dim]."""
-    length, packed, scale, least, ends, bits, group_size, recent = side
+    length, packed, scale, least, ends, bits, group, rows, directions, block_ends, where, what, recent = side
     old = min(max(length - start, 0), count)
     first = head * packed.shape[1] + start
     if ends.shape[1] == 0:
         for entry in range(old):
-            scales = spread(scale, first + entry, channels, group_size)
-            leasts = spread(least, first + entry, channels, group_size)
+            scales = spread(scale, first + entry, channels, group)
+            leasts = spread(least, first + entry, channels, group)
             put(written, entry, levels(packed, first + entry, channels, bits) * scales + leasts)
     else:
-        group, entry = np.searchsorted(ends[head], start, side="right"), 0
+        run_of, entry = np.searchsorted(ends[head], start, side="right"), 0
         while entry < old:
-            stop, place = min(ends[head, group] - start, old), head * scale.shape[1] + group
+            stop, place = min(ends[head, run_of] - start, old), head * scale.shape[1] + run_of
             scales, leasts = vector(scale, place, channels), vector(least, place, channels)
             while entry < stop:
                 put(written, entry, levels(packed, first + entry, channels, bits) * scales + leasts)
                 entry += 1
-            group += 1
+            run_of += 1
+    if directions.shape[2]:
+        _add_directions(channels, head, start, old, rows, directions, block_ends, written)
+    if len(where):
+        _put_in_place((head * length + start) * written.shape[1], old * written.shape[1], where, what, written)
     first = head * recent.shape[1] + start - length
     for entry in range(old, count):
         put(written, entry, vector(recent, first + entry, channels))
+
+
+@compiled
+def _add_directions(
+    channels: Any, head: Any, start: Any, count: Any, rows: Any, directions: Any, ends: Any, written: Any
+) -> None:
+    """Add to entries start... of a head what they have of their blocks' directions."""
+    rank = directions.shape[2]
+    block, entry = np.searchsorted(ends[head], start, side="right"), 0
+    while entry < count:
+        stop, place = min(ends[head, block] - start, count), (head * directions.shape[1] + block) * rank
+        while entry < stop:
+            whole, first = vector(written, entry, channels), (head * rows.shape[1] + start + entry) * rank
+            for each in range(rank):
+                share = repeated(number(rows, first + each), channels)
+                whole = whole + share * vector(directions, place + each, channels)
+            put(written, entry, whole)
+            entry += 1
+        block += 1
+
+
+@compiled
+def _put_in_place(first: Any, count: Any, where: Any, what: Any, written: Any) -> None:
+    """Write those of numbers first... that are stored as they are; as many are written."""
+    flat, at = written.ravel(), np.searchsorted(where, first)
+    while at < len(where) and where[at] < first + count:
+        flat[where[at] - first] = number(what, at)
+        at += 1
 
 
 @compiled

@@ -80,6 +80,17 @@ def vector(typing_context: Any, numbers: Any, index: Any, count: Any) -> Any:
 
 
 @intrinsic
+def number(typing_context: Any, numbers: Any, index: Any) -> Any:
+    """One number of an array without gaps, float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = _load(context, builder, signature, arguments, 1)
+        return builder.extract_element(_as_float(builder, found, signature.args[0].dtype), _int32(0))
+
+    return types.float32(numbers, index), generate
+
+
+@intrinsic
 def levels(typing_context: Any, packed: Any, index: Any, count: Any, bits: Any) -> Any:
     """What `packing.pack` was given of entry `index` of packed bytes, whose levels have so many bits."""
 

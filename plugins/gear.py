@@ -15,6 +15,8 @@ rounding to float16.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from kvfactory.packing import Groups, Sparse
 from kvfactory.quantisation import Bits, WindowedQuantisation
 
 from .fullkv import FullKV
+
+if TYPE_CHECKING:
+    from kvfactory.numba_levels import Encoded
 
 ITERATIONS = 3
 
@@ -61,7 +66,8 @@ class GEAR(WindowedQuantisation):
         error = (exact - levels.decoded()).masked_fill(outlying, 0)
         rows, directions = low_rank(error, start(x, self.rank))
         blocks = Groups.of(len(x), x.shape[1], x.shape[1], x.device)
-        return GEARColumn(levels, rows.to(dtype), directions[:, None].to(dtype), blocks, Sparse.of(x, outlying))
+        directions = directions.transpose(1, 2)[:, None]
+        return GEARColumn(levels, rows.to(dtype), directions.to(dtype), blocks, Sparse.of(x, outlying))
 
 
 @dataclass(frozen=True)
@@ -72,17 +78,27 @@ class GEARColumn(Column):
     rows: Tensor
     """[heads, length, rank]."""
     directions: Tensor
-    """[heads, blocks, head_dim, rank]."""
+    """[heads, blocks, rank, head_dim]."""
     blocks: Groups
     outliers: Sparse
 
     def decoded(self) -> Tensor:
         decoded, rows, directions = self.levels.decoded(), self.rows.float(), self.directions.float()
         if directions.shape[1] == 1:
-            decoded.baddbmm_(rows, directions[:, 0].transpose(1, 2))
+            decoded.baddbmm_(rows, directions[:, 0])
         else:
-            decoded += (entries(directions, self.blocks.index()) @ rows[..., None])[..., 0]
+            decoded += (rows[:, :, None] @ entries(directions, self.blocks.index()))[:, :, 0]
         return self.outliers.put_into(decoded)
+
+    @cached_property
+    def compiled(self) -> Encoded | None:
+        levels = self.levels.compiled
+        if levels is None:
+            return None
+        from kvfactory.numba_levels import corrected  # late: nobody else waits for its import
+
+        low_rank = self.rows, self.directions, self.blocks.counts
+        return corrected(levels, *low_rank, self.outliers.where, self.outliers.what)
 
     def keep(self, index: Tensor) -> GEARColumn:
         blocks, left = self.blocks.keep(index)

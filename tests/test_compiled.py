@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvfactory_plugins.gear import GEAR
 from test_triton_kernels import plain_mass
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -151,6 +152,29 @@ def test_encoded_and_recent_entries_are_attended_to_as_they_are_decoded(
         recent.append(rest)
         decoded.append(torch.cat([column.decoded(), rest.float()], 1))
     attended = numba_levels.attend(query, columns[0], recent[0], columns[1], recent[1])
+    for each, key, value, output in zip(query, *decoded, attended, strict=True):
+        torch.testing.assert_close(output.double(), plain(each, key, value), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15)
+@given(st.data())
+def test_corrected_entries_are_attended_to_as_they_are_decoded(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Directions in blocks, and numbers as they are."""
+    heads, lengths = data.draw(st.integers(1, 3)), data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=3))
+    gear = GEAR(nbits=4, rank=data.draw(st.integers(1, 3)), outlier_ratio=data.draw(st.sampled_from([0.02, 0.3])))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    columns, decoded = [], []
+    for axis in (0, 1):
+        blocks = [torch.randn(heads, length, 32, generator=generator).to(dtype) for length in lengths]
+        whole, *later = [gear.encode(each, axis) for each in blocks]
+        for column in later:
+            whole = whole.joined(column)
+        columns.append(whole.compiled)
+        decoded.append(whole.decoded())
+    query = torch.randn(heads, 2, 32, generator=generator).to(dtype)
+    nothing = query[:, :0]
+    attended = numba_levels.attend(query, columns[0], nothing, columns[1], nothing)
     for each, key, value, output in zip(query, *decoded, attended, strict=True):
         torch.testing.assert_close(output.double(), plain(each, key, value), rtol=1e-4, atol=1e-4)
 
