@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvfactory import at_least, hookimpl, require
 from kvfactory.columns import Column
@@ -66,7 +67,8 @@ class GEAR(WindowedQuantisation):
         error = (exact - levels.decoded()).masked_fill(outlying, 0)
         rows, directions = low_rank(error, start(x, self.rank))
         blocks = Groups.of(len(x), x.shape[1], x.shape[1], x.device)
-        directions = directions.transpose(1, 2)[:, None]
+        missing = min(self.rank, x.shape[2]) - rows.shape[2]  # of a block that has fewer entries than directions
+        rows, directions = pad(rows, (0, missing)), pad(directions, (0, missing)).transpose(1, 2)[:, None]
         return GEARColumn(levels, rows.to(dtype), directions.to(dtype), blocks, Sparse.of(x, outlying))
 
 

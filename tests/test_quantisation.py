@@ -464,3 +464,11 @@ def test_generate_runs_on_quantised_entries() -> None:
         output = generate(model, ids, mask)
     assert output.shape == (2, 12) and compression.cache is not None
     assert compression.cache.rows[0][0].nbytes() < 0.75 * 2 * 3 * 2 * 71 * 8 * 4
+
+
+def test_blocks_of_fewer_tokens_than_directions() -> None:
+    engine, method = Engine(tiny_model()), load_method("gear", quant_residual_length=2, rank=4)
+    (ids,), _ = tiny_prompts(41)
+    (sequence,) = engine.prefill(ids, [method])
+    engine.decode([sequence], 6)
+    assert sequence.cache.stores[0].lengths() == [46, 46]
