@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 
-SPINS = "5000"
+SPINS = "10000"
 """How often a thread of torch looks whether the others are done before it sleeps (GNU OpenMP, read when torch is imported).
 
 Its own default keeps a core busy for milliseconds: where another program wants that core a decode step takes ten times as
-long and more. With this one it takes three times as long, and on an idle machine as long as ever.
+long and more. With this one it takes four times as long, and on an idle machine as long as ever.
 """
 
 

@@ -28,7 +28,7 @@ NUMBERS = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """As `Kernel.newest`, in bfloat16 or float32 with sums in float32; a head has one entry at least."""
     rows, heads, capacity, dim = keys.shape
-    keys, values = _side_by_side(keys), _side_by_side(values)
+    keys, values = side_by_side(keys), side_by_side(values)
     own = np.full(rows * heads, capacity) if lengths is None else lengths.numpy().ravel()
     folded = query.reshape(rows * heads, -1, dim)
     return _attend(folded, starts_of(keys), starts_of(values), own, keys.dtype).view_as(query)
@@ -37,7 +37,7 @@ def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) 
 def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """As `Kernel.watched`, under the same conditions."""
     rows, heads, length, dim = keys.shape
-    keys, values = _side_by_side(keys), _side_by_side(values)
+    keys, values = side_by_side(keys), side_by_side(values)
     exact = (query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim)).numpy()
     weights = np.empty((*exact.shape[:2], length), np.float32)
     run(_weigh, _weigh_in_threads, exact, starts_of(keys), starts_of(values), NUMBERS[keys.dtype], weights)
@@ -55,7 +55,7 @@ def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return _attend(folded, of_keys, of_values, lengths, keys[0].dtype).view_as(query)
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def side_by_side(x: Tensor) -> Tensor:
     """Entries [rows, heads, length, head_dim] whose numbers follow each other, and each head's entries too."""
     return x if x.stride()[2:] == (x.shape[-1], 1) else x.contiguous()
 

@@ -83,7 +83,7 @@ def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, r
 
     float32; how many are recent may differ between keys and values.
     """
-    exact_query = (query.float() / math.sqrt(query.shape[-1])).numpy()
+    exact_query = numbers(query.float() / math.sqrt(query.shape[-1]))
     heads, queries, dim = query.shape
     length = keys.length + recent_keys.shape[1]
     highest = np.empty((heads, -(-length // PART), queries), np.float32)

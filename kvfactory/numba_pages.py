@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 
 from .buffers import Growing
-from .numba_kernels import entries_at, starts_of
+from .numba_kernels import entries_at, side_by_side, starts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
 from .numba_vectors import numbers, put, repeated, size, total, vector
 
@@ -27,10 +27,11 @@ def attend(
     entries each query head read.
     """
     asked = query[:, 0].float()
-    signs = torch.stack([asked.clamp(max=0), asked.clamp(min=0)], 1).numpy()
-    mixed = (asked / math.sqrt(query.shape[-1])).numpy()
+    signs = numbers(torch.stack([asked.clamp(max=0), asked.clamp(min=0)], 1))
+    mixed = numbers(asked / math.sqrt(query.shape[-1]))
     read = np.empty(len(query), np.int64)
-    entries = starts_of(keys[None]), starts_of(values[None]), keys.shape[1], numbers(keys[:, :0])
+    keys, values = side_by_side(keys[None]), side_by_side(values[None])
+    entries = starts_of(keys), starts_of(values), keys.shape[2], numbers(keys[:, :, :0])
     pages = numbers(bounds.held), bounds.length, numbers(short), page_size, count, always
     run(_attend, _attend_in_threads, size(query.shape[-1]), signs, *entries, *pages, mixed, read)
     return torch.from_numpy(mixed).to(query.dtype)[:, None], read.tolist()
@@ -86,10 +87,8 @@ def _attend(
     for head in range(thread, len(mixed), threads):
         of_head = head // (len(mixed) // len(keys))
         _choose(signs, channels, head, of_head, bounds, full, short, always, best)
-        of_keys, of_values = (
-            entries_at(keys[of_head], length, mixed.shape[1], number),
-            entries_at(values[of_head], length, mixed.shape[1], number),
-        )
+        of_keys = entries_at(keys[of_head], length, mixed.shape[1], number)
+        of_values = entries_at(values[of_head], length, mixed.shape[1], number)
         own, at = vector(mixed, head, channels), 0
         for page in best:
             for entry in range(page * page_size, min((page + 1) * page_size, length)):

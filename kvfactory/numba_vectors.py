@@ -26,15 +26,13 @@ intrinsic: Any = extending.intrinsic  # its type forgets that compiled functions
 FLOAT = ir.FloatType()
 FREE = ("reassoc", "contract", "nsz", "arcp")
 """As `numba_loops.compiled`."""
-
-
 KINDS = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.uint16,
     torch.float16: torch.int16,
     torch.uint8: torch.uint8,
 }
-"""What numbers of a tensor are in compiled functions, which know no others of two bytes than integers."""
+"""What numbers of a tensor are in compiled functions, which know none of two bytes but integers."""
 
 
 def numbers(x: Tensor) -> Any:
@@ -44,7 +42,7 @@ def numbers(x: Tensor) -> Any:
 
 @cache
 def size(count: int) -> Any:
-    """A number as something whose type says it to compiled functions: no records at all, of so many bytes."""
+    """A number that compiled functions know by its type, and so before they run: an array of no records of so many bytes."""
     return np.empty(0, np.dtype([("bytes", np.uint8, (count,))]))
 
 
@@ -68,7 +66,7 @@ class _Model(models.PrimitiveModel):
 
 
 @intrinsic
-def vector(typing_context: Any, numbers: Any, index: Any, count: Any) -> Any:
+def vector(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
     """Entry `index` of an array without gaps whose entries have `count` numbers: as `numbers` gives it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -76,18 +74,18 @@ def vector(typing_context: Any, numbers: Any, index: Any, count: Any) -> Any:
         found = _load(context, builder, signature, arguments, _count(count))
         return _as_float(builder, found, kind)
 
-    return Vector(_count(count))(numbers, index, count), generate
+    return Vector(_count(count))(array, index, count), generate
 
 
 @intrinsic
-def number(typing_context: Any, numbers: Any, index: Any) -> Any:
+def number(typing_context: Any, array: Any, index: Any) -> Any:
     """One number of an array without gaps, float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         found = _load(context, builder, signature, arguments, 1)
         return builder.extract_element(_as_float(builder, found, signature.args[0].dtype), _int32(0))
 
-    return types.float32(numbers, index), generate
+    return types.float32(array, index), generate
 
 
 @intrinsic
@@ -95,11 +93,11 @@ def levels(typing_context: Any, packed: Any, index: Any, count: Any, bits: Any) 
     """What `packing.pack` was given of entry `index` of packed bytes, whose levels have so many bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total = _count(count)
-        found = _load(context, builder, signature, arguments, total * _count(bits) // 8)
+        dim = _count(count)
+        found = _load(context, builder, signature, arguments, dim * _count(bits) // 8)
         planes, first, shift = [], 0, 0
         for width in PLANES[_count(bits)]:
-            length = total * width // 8
+            length = dim * width // 8
             some = _chosen(builder, found, range(first, first + length))
             fields = [
                 builder.and_(builder.lshr(some, _all(some, place)), _all(some, 2**width - 1))
@@ -117,7 +115,7 @@ def levels(typing_context: Any, packed: Any, index: Any, count: Any, bits: Any) 
 
 
 @intrinsic
-def spread(typing_context: Any, numbers: Any, index: Any, count: Any, group: Any) -> Any:
+def spread(typing_context: Any, array: Any, index: Any, count: Any, group: Any) -> Any:
     """Entry `index` of an array with a number for every `group` channels, of which there are `count`, for each of those."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -126,11 +124,11 @@ def spread(typing_context: Any, numbers: Any, index: Any, count: Any, group: Any
         exact = _as_float(builder, found, signature.args[0].dtype)
         return _chosen(builder, exact, [channel // _count(group) for channel in range(dim)])
 
-    return Vector(_count(count))(numbers, index, count, group), generate
+    return Vector(_count(count))(array, index, count, group), generate
 
 
 @intrinsic
-def put(typing_context: Any, numbers: Any, index: Any, value: Any) -> Any:
+def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """Write a vector as entry `index` of an array of float32 without gaps."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -138,7 +136,7 @@ def put(typing_context: Any, numbers: Any, index: Any, value: Any) -> Any:
         builder.store(arguments[2], where, align=4)
         return context.get_dummy_value()
 
-    return types.void(numbers, index, value), generate
+    return types.void(array, index, value), generate
 
 
 @intrinsic
@@ -189,7 +187,9 @@ _between(operator.mul, "fmul")
 
 def _place(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any) -> Any:
     """A pointer to an array's entry, one of a vector type."""
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    kind_of_array = signature.args[0]
+    assert kind_of_array.layout == "C", f"{kind_of_array} may have gaps"
+    array = context.make_array(kind_of_array)(context, builder, arguments[0])
     index = context.cast(builder, arguments[1], signature.args[1], types.intp)
     start = builder.mul(index, ir.Constant(index.type, kind.count))
     return builder.bitcast(builder.gep(array.data, [start]), kind.as_pointer())
