@@ -15,6 +15,7 @@ def is_installed() -> bool:
 
 
 LANES = 16
+"""Numbers of float32 in the widest vectors that processors have."""
 
 
 def has_numba(device: torch.device) -> bool:
@@ -25,7 +26,6 @@ def has_numba(device: torch.device) -> bool:
 def has_vectors(device: torch.device, channels: int) -> bool:
     """Whether loops over vectors may be compiled for so many channels.
 
-    They are compiled anew for each number of channels, which takes seconds, and gain nothing where it fills no vectors of a
-    processor's.
+    They are compiled anew for each number of channels, which takes seconds, and gain nothing where vectors are not filled.
     """
     return channels % LANES == 0 and has_numba(device)

@@ -95,7 +95,7 @@ class Pages(NamedTuple):
         bounds = torch.stack(page_bounds(keys[:, known * page_size :], page_size), 2)
         new, short = bounds.split([count - known, bounds.shape[1] - (count - known)], 1)
         if before is None:
-            return cls(Growing(new), short, keys.shape[1])
+            return cls(Growing(new.contiguous()), short, keys.shape[1])
         return cls(before.full.joined(new) if count > known else before.full, short, keys.shape[1])
 
     @classmethod
