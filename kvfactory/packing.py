@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -146,13 +147,19 @@ class Sparse:
         """These, and those of a matrix behind this one: the entries of each head follow each other."""
         heads, length, dim = self.shape
         total = length + later.shape[1]
+        where, what = [], []
+        for head, both in enumerate(zip(self._ends(), later._ends(), strict=True)):
+            for part, start, (begin, end) in zip((self, later), (0, length), both, strict=True):
+                moved = head * (total - part.shape[1]) + start
+                where.append(part.where[begin:end] + moved * dim)
+                what.append(part.what[begin:end])
+        return Sparse(torch.cat(where), torch.cat(what), (heads, total, dim))
 
-        def moved(part: Sparse, start: int) -> Tensor:
-            size = part.shape[1] * dim
-            return part.where // size * (total * dim) + part.where % size + start * dim
-
-        where, order = torch.cat([moved(self, 0), moved(later, length)]).sort()
-        return Sparse(where.int(), torch.cat([self.what, later.what])[order], (heads, total, dim))
+    def _ends(self) -> list[tuple[int, int]]:
+        """Where the numbers of each head begin and end in the lists."""
+        heads, length, dim = self.shape
+        bounds = torch.arange(heads + 1, device=self.where.device, dtype=self.where.dtype) * (length * dim)
+        return list(pairwise(torch.searchsorted(self.where, bounds).tolist()))
 
     def nbytes(self) -> int:
         """Bytes of both tensors."""
