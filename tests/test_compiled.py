@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvfactory_plugins.gear import GEAR
 from test_triton_kernels import plain_mass
@@ -161,6 +161,29 @@ def test_encoded_and_recent_entries_are_attended_to_as_they_are_decoded(
     attended = numba_levels.attend(query, columns[0], recent[0], columns[1], recent[1])
     for each, key, value, output in zip(query, *decoded, attended, strict=True):
         torch.testing.assert_close(output.double(), plain(each, key, value), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    bits=st.integers(1, 8),
+    group=st.sampled_from([8, 24, 64, 1000]),
+    tokens=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_levels_of_channels_are_those_of_torch_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, bits: int, group: int, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    x = torch.randn(3, tokens, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x[0, :, :32] = 1.5  # a group of equal numbers has no scale
+    columns = []
+    for installed in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr("kvfactory.compiled.is_installed", lambda installed=installed: installed)
+            columns.append(UniformColumn.per_token(x, bits, group, torch.float32))
+    for name in ("packed", "scale", "least"):
+        ours, expected = (getattr(column, name).read() for column in columns)
+        assert torch.equal(ours, expected), name
 
 
 @settings(max_examples=15)
