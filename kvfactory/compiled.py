@@ -14,7 +14,7 @@ def is_installed() -> bool:
     return find_spec("numba") is not None
 
 
-LANES = 16
+WIDEST = 16
 """Numbers of float32 in the widest vectors that processors have."""
 
 
@@ -28,4 +28,4 @@ def has_vectors(device: torch.device, channels: int) -> bool:
 
     They are compiled anew for each number of channels, which takes seconds, and gain nothing where vectors are not filled.
     """
-    return channels % LANES == 0 and has_numba(device)
+    return channels % WIDEST == 0 and has_numba(device)

@@ -16,13 +16,12 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_loops import add_weighted, compiled, exponential, in_threads, product, run, softmax_sums
+from .numba_vectors import NUMBERS
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
 QUERIES_AT_ONCE = 256
 """Queries of a prompt whose logits are there together."""
-NUMBERS = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np.float32)}
-"""What a tensor's numbers are to NumPy."""
 
 
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
@@ -63,8 +62,7 @@ def side_by_side(x: Tensor) -> Tensor:
 def starts_of(x: Tensor) -> Any:
     """Where the entries of each head of x [rows, heads, length, head_dim] begin, [rows * heads], int64."""
     size = x.element_size()
-    starts = _addresses(x.data_ptr(), size * x.stride(0), size * x.stride(1), *x.shape[:2])
-    return starts
+    return _addresses(x.data_ptr(), size * x.stride(0), size * x.stride(1), *x.shape[:2])
 
 
 def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ def run(work: Any, work_in_threads: Any, *arguments: Any) -> None:
 
 
 def widened(number: Any) -> Any:
-    """A number as float32: of a level, uint8, or of bfloat16, which NumPy sees as uint16: the upper half of a float32."""
+    """A number as float32: float32 itself, or bfloat16, which NumPy sees as uint16: the upper half of a float32."""
 
 
 @overload(widened, strict=False, inline="always")  # strict, it wants annotations in the lambdas too

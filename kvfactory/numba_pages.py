@@ -13,7 +13,7 @@ from torch import Tensor
 from .buffers import Growing
 from .numba_kernels import entries_at, side_by_side, starts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
-from .numba_vectors import numbers, put, repeated, size, total, vector
+from .numba_vectors import NUMBERS, numbers, put, repeated, size, total, vector
 
 
 def attend(
@@ -31,7 +31,7 @@ def attend(
     mixed = numbers(asked / math.sqrt(query.shape[-1]))
     read = np.empty(len(query), np.int64)
     keys, values = side_by_side(keys[None]), side_by_side(values[None])
-    entries = starts_of(keys), starts_of(values), keys.shape[2], numbers(keys[:, :, :0])
+    entries = starts_of(keys), starts_of(values), keys.shape[2], NUMBERS[keys.dtype]
     pages = numbers(bounds.held), bounds.length, numbers(short), page_size, count, always
     run(_attend, _attend_in_threads, size(query.shape[-1]), signs, *entries, *pages, mixed, read)
     return torch.from_numpy(mixed).to(query.dtype)[:, None], read.tolist()

@@ -40,6 +40,10 @@ def numbers(x: Tensor) -> Any:
     return x.contiguous().view(KINDS[x.dtype]).numpy()
 
 
+NUMBERS = {dtype: numbers(torch.empty(0, dtype=dtype)) for dtype in KINDS}
+"""None at all, for loops that take entries by their addresses and are to know of what kind they are."""
+
+
 @cache
 def size(count: int) -> Any:
     """A number that compiled functions know by its type, and so before they run: an array of no records of so many bytes."""
