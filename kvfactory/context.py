@@ -148,9 +148,9 @@ class LayerContext:
 
             return attention_mass(self.queries, self.keys)
         if self.log_sums is not None and has_numba(self.keys.device):
-            from . import numba_kernels  # late, for the same reason
+            from . import numba_prompt  # late, for the same reason
 
-            return numba_kernels.attention_mass(self.queries, self.keys, self.log_sums)
+            return numba_prompt.attention_mass(self.queries, self.keys, self.log_sums)
         mass = self.queries.new_zeros(self.query_heads, self.num_tokens, dtype=torch.float32)
         rows_of_heads = mass.unflatten(0, (self.kv_heads, -1))
         chunk = 2 * QUERY_CHUNK  # rows of one KV head stay in cache all the same, and wide products are faster

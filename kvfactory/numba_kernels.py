@@ -1,7 +1,7 @@
-"""Attention on a CPU, compiled by Numba: of the newest token, and of a whole prompt, summed by keys.
+"""The newest token's attention on a CPU, compiled by Numba.
 
-The newest token reads entries once, where they lie, as many as each head has. torch's fused attention takes about twice as
-long for one token, and a mask where heads differ in length.
+It reads entries once, where they lie, as many as each head has. torch's fused attention takes about twice as long for one
+token, and a mask where heads differ in length.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from .numba_vectors import NUMBERS
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
-QUERIES_AT_ONCE = 256
-"""Queries of a prompt whose logits are there together."""
 
 
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
@@ -198,52 +196,3 @@ def _weigh(thread: Any, threads: Any, query: Any, keys: Any, values: Any, number
 def _weigh_in_threads(threads: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any) -> None:
     for thread in prange(threads):
         _weigh(thread, threads, query, keys, values, number, weights)
-
-
-def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
-    """Attention that each key got of all queries of a prompt, summed, [query_heads, tokens], float32; memory is O(tokens).
-
-    Queries [query_heads, tokens, head_dim], keys [kv_heads, tokens, head_dim], and `log_sums` as in `Kernel.prefill`, of
-    this prompt. Logits are in float32.
-    """
-    heads, tokens, dim = keys.shape
-    group = len(queries) // heads
-    exact = (queries.float() / math.sqrt(dim)).unflatten(0, (heads, group))
-    mass = torch.zeros(heads, group, tokens)
-    work = torch.empty(
-        tokens * group * min(QUERIES_AT_ONCE, tokens)
-    )  # asking for new memory takes longer than products
-    for query, key, sums, received in zip(
-        exact, keys.float(), log_sums.unflatten(0, (heads, group)), mass, strict=True
-    ):
-        for start in range(0, tokens, QUERIES_AT_ONCE):
-            some = query[:, start : start + QUERIES_AT_ONCE]
-            stop = start + some.shape[1]
-            logits = work[: stop * group * some.shape[1]].view(stop, -1)
-            torch.mm(key[:stop], some.reshape(-1, dim).T, out=logits)
-            own_sums = sums[:, start:stop].contiguous()
-            arguments = logits.view(stop, group, -1).numpy(), own_sums.numpy(), start, received.numpy()
-            run(_receive, _receive_in_threads, *arguments)
-    return mass.flatten(0, 1)
-
-
-@compiled
-def _receive(thread: Any, threads: Any, logits: Any, log_sums: Any, start: Any, received: Any) -> None:
-    """Add to what every `threads`-th key received [group, keys] its weights of queries start... of a prompt.
-
-    Logits [keys, group, queries]; a query sees the keys up to itself.
-    """
-    keys, group, _ = logits.shape
-    for key in range(thread, keys, threads):
-        for head in range(group):
-            first, total = max(key - start, 0), np.float32(0)
-            row, sums = logits[key, head][first:], log_sums[head][first:]
-            for query in range(len(row)):
-                total += exponential(row[query] - sums[query])
-            received[head, key] += total
-
-
-@in_threads
-def _receive_in_threads(threads: Any, logits: Any, log_sums: Any, start: Any, received: Any) -> None:
-    for thread in prange(threads):
-        _receive(thread, threads, logits, log_sums, start, received)

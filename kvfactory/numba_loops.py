@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import torch
 from numba import njit, types
+from numba.core.registry import cpu_target
 from numba.extending import overload
 
 from .folders import cache_folder, can_be_written
@@ -23,6 +24,8 @@ exact = njit(cache=KEPT, nogil=True)
 """Arithmetic to the bit as it is written."""
 in_threads = njit(parallel=True, cache=KEPT)
 
+FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+"""What the processor can do that loops are compiled for, in the compiler's words, such as +avx512f."""
 LANES = 64
 """Numbers that are compared at once."""
 LOG2_E = np.float32(1 / math.log(2))

@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import models, overload, register_model
 from torch import Tensor
 
+from .compiled import WIDEST
 from .packing import PLANES
 
 intrinsic: Any = extending.intrinsic  # its type forgets that compiled functions leave the first argument out
@@ -75,7 +76,7 @@ def vector(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0].dtype
-        found = _load(context, builder, signature, arguments, _count(count))
+        found = _load(context, builder, signature.args, arguments, _count(count))
         return _as_float(builder, found, kind)
 
     return Vector(_count(count))(array, index, count), generate
@@ -86,7 +87,7 @@ def number(typing_context: Any, array: Any, index: Any) -> Any:
     """One number of an array without gaps, float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = _load(context, builder, signature, arguments, 1)
+        found = _load(context, builder, signature.args, arguments, 1)
         return builder.extract_element(_as_float(builder, found, signature.args[0].dtype), _int32(0))
 
     return types.float32(array, index), generate
@@ -98,7 +99,7 @@ def levels(typing_context: Any, packed: Any, index: Any, count: Any, bits: Any) 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         dim = _count(count)
-        found = _load(context, builder, signature, arguments, dim * _count(bits) // 8)
+        found = _load(context, builder, signature.args, arguments, dim * _count(bits) // 8)
         planes, first, shift = [], 0, 0
         for width in PLANES[_count(bits)]:
             length = dim * width // 8
@@ -124,7 +125,7 @@ def spread(typing_context: Any, array: Any, index: Any, count: Any, group: Any) 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         parts, dim = -(-_count(count) // _count(group)), _count(count)
-        found = _load(context, builder, signature, arguments, parts)
+        found = _load(context, builder, signature.args, arguments, parts)
         exact = _as_float(builder, found, signature.args[0].dtype)
         return _chosen(builder, exact, [channel // _count(group) for channel in range(dim)])
 
@@ -136,7 +137,7 @@ def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """Write a vector as entry `index` of an array of float32 without gaps."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _place(context, builder, signature, arguments, arguments[2].type)
+        where = _place(context, builder, signature.args, arguments, arguments[2].type)
         builder.store(arguments[2], where, align=4)
         return context.get_dummy_value()
 
@@ -168,6 +169,50 @@ def repeated(typing_context: Any, number: Any, count: Any) -> Any:
     return Vector(_count(count))(number, count), generate
 
 
+class _BFloat16(ir.types.Type):
+    """The compiler has it, and the library that writes for it does not."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+@intrinsic
+def add_product(typing_context: Any, sums: Any, left: Any, number: Any, right: Any, index: Any) -> Any:
+    """Sums, and one number of `left` times the entry `index` of `right`, an array of entries as wide as the sums.
+
+    Both are float32, or int32, each of which is two numbers in bfloat16; two products are added then, in float32, by what
+    processors with `+avx512bf16` have for it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        before, *places = arguments
+        width = before.type.count
+        kinds = signature.args[1:]
+        one = _load(context, builder, kinds[:2], places[:2], 1)
+        many = _load(context, builder, kinds[2:], places[2:], width)
+        if kinds[0].dtype == types.float32:
+            return builder.fadd(before, builder.fmul(many, _chosen(builder, one, [0] * width), FREE), FREE)
+        assert kinds[0].dtype == kinds[2].dtype == types.int32, "products are of float32 or of pairs of bfloat16"
+        numbers, pairs = ir.VectorType(FLOAT, WIDEST), ir.VectorType(_BFloat16(), 2 * WIDEST)
+        kind = ir.FunctionType(numbers, [numbers, pairs, pairs])
+        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        everywhere = builder.bitcast(_chosen(builder, one, [0] * WIDEST), pairs)
+        parts = []
+        for start in range(0, width, WIDEST):
+            some = range(start, start + WIDEST)
+            part = builder.bitcast(_chosen(builder, many, some), pairs)
+            parts.append(builder.call(add, [_chosen(builder, before, some), part, everywhere]))
+        return _joined(builder, parts)
+
+    return sums(sums, left, number, right, index), generate
+
+
 def _between(operation: Callable[..., Any], name: str) -> None:
     """Let compiled functions do this to two vectors."""
 
@@ -189,21 +234,21 @@ _between(operator.add, "fadd")
 _between(operator.mul, "fmul")
 
 
-def _place(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any) -> Any:
-    """A pointer to an array's entry, one of a vector type."""
-    kind_of_array = signature.args[0]
+def _place(context: Any, builder: Any, kinds: Any, arguments: Any, kind: Any) -> Any:
+    """A pointer to an array's entry, one of a vector type; arguments of these kinds are the array and the index."""
+    kind_of_array = kinds[0]
     assert kind_of_array.layout == "C", f"{kind_of_array} may have gaps"
     array = context.make_array(kind_of_array)(context, builder, arguments[0])
-    index = context.cast(builder, arguments[1], signature.args[1], types.intp)
+    index = context.cast(builder, arguments[1], kinds[1], types.intp)
     start = builder.mul(index, ir.Constant(index.type, kind.count))
     return builder.bitcast(builder.gep(array.data, [start]), kind.as_pointer())
 
 
-def _load(context: Any, builder: Any, signature: Any, arguments: Any, count: int) -> Any:
-    """An array's entry of `count` numbers as they are."""
-    kind = signature.args[0].dtype
+def _load(context: Any, builder: Any, kinds: Any, arguments: Any, count: int) -> Any:
+    """An array's entry of `count` numbers as they are; arguments as those of `_place`."""
+    kind = kinds[0].dtype
     held = ir.VectorType(context.get_data_type(kind), count)
-    return builder.load(_place(context, builder, signature, arguments, held), align=kind.bitwidth // 8)
+    return builder.load(_place(context, builder, kinds, arguments, held), align=kind.bitwidth // 8)
 
 
 def _as_float(builder: Any, numbers: Any, kind: Any) -> Any:
