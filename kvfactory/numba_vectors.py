@@ -134,11 +134,14 @@ def spread(typing_context: Any, array: Any, index: Any, count: Any, group: Any) 
 
 @intrinsic
 def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write a vector as entry `index` of an array of float32 without gaps."""
+    """Write a vector as entry `index` of an array of float32 without gaps, or of int32: two numbers in bfloat16 each."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _place(context, builder, signature.args, arguments, arguments[2].type)
-        builder.store(arguments[2], where, align=4)
+        held = arguments[2]
+        if signature.args[0].dtype == types.int32:
+            rounded = builder.fptrunc(held, ir.VectorType(_BFloat16(), held.type.count))
+            held = builder.bitcast(rounded, ir.VectorType(ir.IntType(32), held.type.count // 2))
+        builder.store(held, _place(context, builder, signature.args, arguments, held.type), align=4)
         return context.get_dummy_value()
 
     return types.void(array, index, value), generate
@@ -149,10 +152,17 @@ def total(typing_context: Any, value: Any) -> Any:
     """The sum of a vector's numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = arguments[0].type
-        name = f"llvm.vector.reduce.fadd.v{kind.count}f32"
-        add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, [FLOAT, kind]), name)
-        return builder.call(add, [ir.Constant(FLOAT, -0.0), arguments[0]], fastmath=FREE)
+        return _reduced(builder, "fadd", ir.Constant(FLOAT, -0.0), arguments[0])
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def most(typing_context: Any, value: Any) -> Any:
+    """The greatest of a vector's numbers, without those that are none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _reduced(builder, "fmax", arguments[0])
 
     return types.float32(value), generate
 
@@ -262,6 +272,14 @@ def _as_float(builder: Any, numbers: Any, kind: Any) -> Any:
     if kind == types.uint16:  # bfloat16 is the upper half of a float32
         return builder.bitcast(builder.shl(wide, _all(wide, 16)), exact)
     return builder.sitofp(wide, exact)
+
+
+def _reduced(builder: Any, operation: str, *arguments: Any) -> Any:
+    """One number for all of a vector, which is the last argument."""
+    kinds = [each.type for each in arguments]
+    name = f"llvm.vector.reduce.{operation}.v{kinds[-1].count}f32"
+    reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, kinds), name)
+    return builder.call(reduce, arguments, fastmath=FREE)
 
 
 def _chosen(builder: Any, numbers: Any, places: Any) -> Any:

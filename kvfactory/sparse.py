@@ -1,4 +1,4 @@
-"""Attention of a prompt to itself over chosen keys alone: columns and diagonals, or blocks. Pure torch, no n x n tensor."""
+"""Attention of a prompt to itself over chosen keys alone: columns and diagonals, or blocks. No n x n tensor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .compiled import has_numba
+
 PAIRS = 1 << 20
 """Query-key pairs that are held at once: what bounds memory."""
 MUCH = 0.6
 """Of all keys: where a block of queries reads more, they are masked and not gathered; measured on a CPU."""
+LITTLE = 0.2
+"""Of the keys in blocks that are touched: where fewer are read, they are gathered, and the blocks not compiled over."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,16 @@ class Lines:
     def width(self) -> int:
         """Keys that a block of queries reads."""
         return len(self.columns) + len(self.ahead) * self.size
+
+    @property
+    def reach(self) -> int:
+        """Keys in the blocks of which it reads any."""
+        return (len((self.columns // self.size).unique()) + len(self.ahead)) * self.size
+
+    def masks(self) -> tuple[Tensor, Tensor, int, int]:
+        """What `numba_sparse.attend` is told: all queries have the same columns, of one key each."""
+        columns = torch.zeros_like(self.slashes).index_fill_(0, self.columns, True)
+        return self.slashes, columns[None], len(columns), 1
 
     def keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """See `Blocks.keys`. A key on a chosen diagonal is seen in its block, any other only as a column: never twice."""
@@ -82,6 +96,13 @@ class Blocks:
         """Keys that a block of queries reads."""
         return self.chosen.shape[1] * self.size
 
+    reach = width
+
+    def masks(self) -> tuple[Tensor, Tensor, int, int]:
+        """See `Lines.masks`: columns are blocks, and no key is on a diagonal."""
+        seen = torch.zeros(len(self.chosen), len(self.chosen), dtype=torch.bool).scatter_(1, self.chosen, True)
+        return seen.new_zeros(len(seen) * self.size), seen, self.size, self.size
+
     def keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The keys that blocks of queries at positions [blocks, size] read, and which of them each query sees.
 
@@ -115,8 +136,18 @@ def gathered(choice: Choice, tokens: int, device: torch.device) -> Iterator[tupl
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) -> Tensor:
     """Attention of one head, [tokens, dim] all, over what was chosen alone."""
-    way = masked_attention if choice.width > MUCH * len(query) else gathered_attention
+    if has_numba(query.device):
+        way = gathered_attention if choice.width < LITTLE * min(choice.reach, len(query)) else compiled_attention
+    else:
+        way = masked_attention if choice.width > MUCH * len(query) else gathered_attention
     return way(query, key, value, choice)
+
+
+def compiled_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) -> Tensor:
+    """As `sparse_attention`, on a CPU with Numba, over all blocks of which anything is chosen."""
+    from .numba_sparse import attend  # late: it need not be there
+
+    return attend(query, key, value, *choice.masks())
 
 
 def gathered_attention(query: Tensor, key: Tensor, value: Tensor, choice: Choice) -> Tensor:

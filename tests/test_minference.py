@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 import kvfactory.sparse
 from kvfactory import Engine, LayerContext, Method, Sequence, compress, load_method
+from kvfactory.compiled import is_installed
 from kvfactory.errors import UserError
 from kvfactory.kernels import PromptAttention
-from kvfactory.sparse import Blocks, Lines, gathered_attention, masked_attention
+from kvfactory.sparse import Blocks, Lines, compiled_attention, gathered_attention, masked_attention
 from kvfactory.testing import MethodContract, generate, tiny_model, tiny_prompts
 from scripts import load_script
 
@@ -67,7 +68,8 @@ def seen(choice: Lines | Blocks | None, tokens: int) -> Tensor:
     return causal & chosen.repeat_interleave(choice.size, 0).repeat_interleave(choice.size, 1)[:tokens, :tokens]
 
 
-WAYS = (gathered_attention, masked_attention)
+IN_TORCH = (gathered_attention, masked_attention)
+WAYS = (*IN_TORCH, compiled_attention) if is_installed() else IN_TORCH
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -145,10 +147,10 @@ def test_work_done_piece_by_piece_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     for kind in minference.KINDS:
         choice = sparse().choose(Pattern(kind, 5, 20), query, key)
         assert choice is not None
-        wholes = [way(query, key, value, choice) for way in WAYS]
+        wholes = [way(query, key, value, choice) for way in IN_TORCH]
         with monkeypatch.context() as patched:
             patched.setattr(kvfactory.sparse, "PAIRS", 1)
-            for way, whole in zip(WAYS, wholes, strict=True):
+            for way, whole in zip(IN_TORCH, wholes, strict=True):
                 torch.testing.assert_close(way(query, key, value, choice), whole)
 
 

@@ -1,0 +1,103 @@
+"""What Numba compiles for whole prompts: tiles of products, sums by keys and sparse attention, against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_minference import plain, seen
+from test_triton_kernels import plain_mass
+from torch import Tensor
+
+from kvfactory import LayerContext
+from kvfactory.kernels import sdpa_prefill
+from kvfactory.sparse import Blocks, Lines, compiled_attention
+
+if importlib.util.find_spec("numba") is None:
+    pytest.skip("numba is not installed", allow_module_level=True)
+
+import numpy as np
+
+from kvfactory.numba_products import COLUMNS, ROWS, add_tile, columns_of, rows_of
+
+DTYPES = [torch.float32, torch.bfloat16]
+EXACT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "numbers"), [(1, 1, 2), (7, 70, 64), (12, 128, 80)])
+def test_a_tile_is_a_part_of_a_product(rows: int, columns: int, numbers: int, dtype: torch.dtype) -> None:
+    """Products of bfloat16 are exact, so sums are as good as those of float32."""
+    left, right = random(2, rows, numbers, dtype=dtype), random(2, columns, numbers, dtype=dtype, seed=1)
+    expected = left.double() @ right.double().transpose(1, 2)
+    of_rows, of_columns = rows_of(left), columns_of(right)
+    sums = torch.ones(2, of_rows.shape[1], of_columns.shape[1] * COLUMNS)
+    for head in range(2):
+        for row in range(0, rows, ROWS):
+            for tile in range(of_columns.shape[1]):
+                found = np.ones((3 * ROWS, COLUMNS), np.float32)
+                at = head * of_columns.shape[1] + tile
+                add_tile(found, ROWS, of_rows, head * of_rows.shape[1] + row, of_columns, at)
+                assert (found[:ROWS] == 1).all() and (found[2 * ROWS :] == 1).all()
+                part = torch.from_numpy(found[ROWS : 2 * ROWS])
+                sums[head, row : row + ROWS, tile * COLUMNS : (tile + 1) * COLUMNS] = part
+    torch.testing.assert_close(sums[:, :rows, :columns].double(), expected + 1, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_what_is_hidden_is_as_if_it_were_not_there(data: st.DataObject) -> None:
+    """Diagonals, columns and blocks, of more tokens than are worked on together, and of none that a query sees at first."""
+    tokens, dim = data.draw(st.integers(1, 400)), data.draw(st.sampled_from([8, 64, 80]))
+    dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 99))
+    query, key, value = random(3, tokens, dim, dtype=dtype, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if data.draw(st.booleans()):
+        slashes = torch.rand(tokens, generator=generator) < data.draw(st.sampled_from([0.01, 0.5]))
+        slashes[0] = True
+        some = torch.rand(tokens, generator=generator) < data.draw(st.sampled_from([0, 0.02]))
+        choice: Lines | Blocks = Lines(some.nonzero().flatten(), slashes, 64)
+    else:
+        size = data.draw(st.sampled_from([1, 16, 64, 150]))
+        count = -(-tokens // size)
+        order = torch.rand(count, count, generator=generator)
+        later = torch.ones(count, count, dtype=torch.bool).triu(1)
+        choice = Blocks(order.masked_fill(later, -1).argsort(descending=True)[:, : data.draw(st.integers(1, 3))], size)
+    expected = plain(query, key, value, seen(choice, tokens))
+    output = compiled_attention(query, key, value, choice)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, rtol=EXACT[dtype], atol=EXACT[dtype])
+
+
+def test_a_plain_processor_gets_other_tiles() -> None:
+    """Sixteen numbers at a time, and bfloat16 as float32."""
+    program = """
+import torch
+import test_compiled_prompt as here
+assert here.COLUMNS == 16
+for dtype in here.DTYPES:
+    here.test_a_tile_is_a_part_of_a_product(7, 70, 64, dtype)
+    here.check_mass(dtype)
+"""
+    lesser = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", program], env={**os.environ, **lesser}, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+
+
+def check_mass(dtype: torch.dtype) -> None:
+    queries, keys = random(1, 6, 150, 64, dtype=dtype), random(1, 2, 150, 64, dtype=dtype, seed=1)
+    _, log_sums = sdpa_prefill(queries, keys, keys, None, None)
+    assert log_sums is not None
+    mass = LayerContext(0, 1, queries[0], keys[0], keys[0], log_sums=log_sums[0]).attention_mass()
+    torch.testing.assert_close(mass.double(), plain_mass(queries[0], keys[0]), rtol=1e-4, atol=1e-4)
