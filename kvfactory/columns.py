@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .buffers import Buffer, Positions
 from .indexing import entries
+from .rotary import angles, rotated
 
 if TYPE_CHECKING:
     from .numba_levels import Encoded
@@ -63,8 +64,8 @@ class Column(ABC):
 class Encoder(ABC):
     """How keys or values of some heads are encoded, and when."""
 
-    turns: bool = False
-    """True: `turned` does something, and positions are looked up for it."""
+    frequencies: Tensor | None = None
+    """Rotary angles by which entries are turned back when encoded and anew when read, [head_dim / 2]; None: they are not."""
 
     @abstractmethod
     def due(self, recent: int, old: int) -> int:
@@ -73,10 +74,6 @@ class Encoder(ABC):
     @abstractmethod
     def encode(self, x: Tensor, positions: Positions) -> Column:
         """A column of the due entries x [heads, tokens, head_dim], which were turned back, and their positions."""
-
-    def turned(self, x: Tensor, positions: Tensor, sign: int) -> Tensor:
-        """Entries turned back to how they are encoded, sign -1, or as they are read, sign 1; nothing by default."""
-        return x
 
     def of_head(self, head: int) -> Encoder:
         """The encoder of one of these heads."""
@@ -108,7 +105,7 @@ class Piece:
             return positions()[:, self.old_length : end]
 
         x = self.recent[:, :count]
-        x = self.encoder.turned(x, of_due(), -1) if self.encoder.turns else x
+        x = x if self.encoder.frequencies is None else rotated(x, -of_due(), self.encoder.frequencies)
         column = self.encoder.encode(x, of_due)
         old = column if self.old is None else self.old.joined(column)
         return Piece(self.encoder, self.recent[:, count:].clone(), old, end)
@@ -127,8 +124,8 @@ class Piece:
         recent = query @ self.recent.float().transpose(1, 2)
         if self.old is None:
             return recent
-        turned = self.encoder.turns
-        old = query @ self._written(self.old, positions).transpose(1, 2) if turned else self.old.products(query)
+        as_is = self.encoder.frequencies is None
+        old = self.old.products(query) if as_is else query @ self._written(self.old, positions).transpose(1, 2)
         return torch.cat([old, recent], -1)
 
     def mixed(self, weights: Tensor, positions: Positions) -> Tensor:
@@ -137,18 +134,23 @@ class Piece:
         if self.old is None:
             return recent
         of_old = weights[..., : self.old_length]
-        turned = self.encoder.turns
-        return recent + (of_old @ self._written(self.old, positions) if turned else self.old.mixed(of_old))
+        as_is = self.encoder.frequencies is None
+        return recent + (self.old.mixed(of_old) if as_is else of_old @ self._written(self.old, positions))
 
-    @property
-    def compiled(self) -> Encoded | None:
-        """The encoded entries for compiled loops, which read them as they are."""
-        return None if self.old is None or self.encoder.turns else self.old.compiled
+    def compiled(self, positions: Positions) -> Encoded | None:
+        """The encoded entries for compiled loops, if there are any for them."""
+        encoded = None if self.old is None else self.old.compiled
+        if encoded is None or self.encoder.frequencies is None:
+            return encoded
+        from .numba_levels import turned_by  # late: nobody else waits for its import
+
+        at = positions()[:, : self.old_length]
+        return turned_by(encoded, at, *angles(self.encoder.frequencies, int(at[:, -1].max()) + 1))
 
     def _written(self, old: Column, positions: Positions) -> Tensor:
         """The encoded entries as they are read, [heads, length, head_dim], float32."""
-        decoded = old.decoded()
-        return self.encoder.turned(decoded, positions()[:, : self.old_length], 1) if self.encoder.turns else decoded
+        decoded, frequencies = old.decoded(), self.encoder.frequencies
+        return decoded if frequencies is None else rotated(decoded, positions()[:, : self.old_length], frequencies)
 
     def keep(self, index: Tensor) -> list[Piece]:
         """Those at index [heads, count]: one piece, or one a head where heads keep different numbers of encoded ones."""
@@ -197,10 +199,11 @@ class AgingBuffer(Buffer):
         if len(self._keys) > 1 or len(self._values) > 1:
             return None
         (keys,), (values,) = self._keys, self._values
-        if keys.compiled is not None and values.compiled is not None:
-            from .numba_levels import attend  # late: nobody else waits for its import
+        of_keys, of_values = keys.compiled(positions), values.compiled(positions)
+        if of_keys is not None and of_values is not None:
+            from .numba_levels import attend  # late, too
 
-            return attend(query, keys.compiled, keys.recent, values.compiled, values.recent).to(query.dtype)
+            return attend(query, of_keys, keys.recent, of_values, values.recent).to(query.dtype)
         exact = query.float() / math.sqrt(query.shape[-1])
         weights = keys.products(exact, positions).softmax(-1)
         return values.mixed(weights, positions).to(query.dtype)

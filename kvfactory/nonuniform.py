@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .buffers import Growing
 from .columns import Column
+from .compiled import has_numba, has_vectors
 from .indexing import entries
 from .packing import Sparse, pack, unpack
+
+if TYPE_CHECKING:
+    from .numba_levels import Encoded
 
 NORMAL_OFFSET = 0.9677083
 """Where the outermost level of a normal distribution lies, as a quantile: the one that NormalFloat uses."""
@@ -59,6 +66,15 @@ def normalised(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.where(half > 0, (x - (upper + lower) / 2) / half, 0)
 
 
+def quantiles(x: Tensor, shares: tuple[float, ...], dim: int) -> list[Tensor]:
+    """As torch.quantile of x, float32, 1 along `dim`, which takes five times as long for a single vector."""
+    ascending, found = x.sort(dim=dim).values, []
+    for rank in (torch.tensor(shares) * (x.shape[dim] - 1)).tolist():
+        below = ascending.narrow(dim, math.floor(rank), 1)
+        found.append(below.lerp(ascending.narrow(dim, math.ceil(rank), 1), rank - math.floor(rank)))
+    return found
+
+
 def dynamic_outliers(x: Tensor, share: float, dim: int = -1) -> Tensor:
     """The numbers of each vector at or beyond its quantiles, half of the share at each end, bool.
 
@@ -66,18 +82,18 @@ def dynamic_outliers(x: Tensor, share: float, dim: int = -1) -> Tensor:
     """
     if not share:
         return torch.zeros_like(x, dtype=torch.bool)
-    low, high = torch.quantile(x.float(), x.new_tensor([share / 2, 1 - share / 2]).float(), dim=dim, keepdim=True)
+    low, high = quantiles(x.float(), (share / 2, 1 - share / 2), dim)
     return (x <= low) | (x >= high)
 
 
-def inner_range(x: Tensor, outlying: Tensor, dim: int = -1) -> Tensor:
-    """The least and the greatest number of each vector of x [..., n, dim] without outliers, [..., n, 2] along the last.
+def inner_range(x: Tensor, outlying: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The least and the greatest number of each vector of x without outliers, shaped like x but for 1 along `dim`, float32.
 
     An outlier counts as the median of all, and so does not widen it.
     """
     x = x.float()
-    tame = torch.where(outlying, x.quantile(0.5, dim=dim, keepdim=True), x)
-    return torch.stack([tame.amin(dim), tame.amax(dim)], -1)
+    tame = torch.where(outlying, quantiles(x, (0.5,), dim)[0], x)
+    return tame.amin(dim, keepdim=True), tame.amax(dim, keepdim=True)
 
 
 class Table:
@@ -91,9 +107,16 @@ class Table:
 class Ranges(ABC):
     """The ranges in which numbers are quantised."""
 
+    of_tokens: bool
+    """Whether each token has its own."""
+
     @abstractmethod
-    def of_entries(self) -> Tensor:
-        """Least and greatest numbers, [2, heads or 1, length or 1, head_dim or 1], float32."""
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and greatest numbers, [heads or 1, length or 1, head_dim or 1]."""
+
+    @abstractmethod
+    def held(self) -> tuple[Tensor, Tensor]:
+        """`ends`, perhaps with room behind them."""
 
     @abstractmethod
     def keep(self, index: Tensor) -> Ranges:
@@ -115,12 +138,16 @@ class Ranges(ABC):
 class Fixed(Ranges):
     """Ranges of channels, measured beforehand: the model's and no sequence's."""
 
-    def __init__(self, bounds: Tensor) -> None:
-        """The least and the greatest number that is no outlier, [heads, head_dim, 2]."""
-        self.bounds = bounds
+    of_tokens = False
 
-    def of_entries(self) -> Tensor:
-        return self.bounds[:, None].movedim(-1, 0)
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        """The least and the greatest numbers that are no outliers, [heads, 1, head_dim], float32."""
+        self.lower, self.upper = lower, upper
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return self.lower, self.upper
+
+    held = ends
 
     def keep(self, index: Tensor) -> Fixed:
         return self
@@ -129,7 +156,7 @@ class Fixed(Ranges):
         return self
 
     def heads(self, heads: int) -> list[Fixed]:
-        return [Fixed(row) for row in self.bounds.split(1)]
+        return [Fixed(*row) for row in zip(self.lower.split(1), self.upper.split(1), strict=True)]
 
     def nbytes(self) -> int:
         return 0
@@ -139,35 +166,52 @@ class Fixed(Ranges):
 class PerToken(Ranges):
     """Ranges of tokens."""
 
-    bounds: Tensor
-    """[heads, length, 2], or [1, length, 2] where heads share them."""
+    of_tokens = True
 
-    def of_entries(self) -> Tensor:
-        return self.bounds.float().movedim(-1, 0)[..., None]
+    lower: Growing
+    """[heads, length, 1], or [1, length, 1] where heads share them."""
+    upper: Growing
+
+    @classmethod
+    def of(cls, lower: Tensor, upper: Tensor) -> PerToken:
+        return cls(Growing(lower), Growing(upper))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return self.lower.read(), self.upper.read()
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        return self.lower.held, self.upper.held
 
     def keep(self, index: Tensor) -> PerToken:
-        alike = len(self.bounds) == 1 and bool((index == index[:1]).all())
-        return PerToken(entries(self.bounds if alike else self._of(len(index)), index[: 1 if alike else None]))
+        alike = len(self.lower.held) == 1 and bool((index == index[:1]).all())
+        rows, index = (1, index[:1]) if alike else (len(index), index)
+        return PerToken.of(*(entries(_of_heads(each, rows), index) for each in self.ends()))
 
     def joined(self, later: PerToken, heads: int) -> PerToken:
-        count = 1 if len(self.bounds) == len(later.bounds) == 1 else heads
-        return PerToken(torch.cat([self._of(count), later._of(count)], 1))
+        if len(self.lower.held) == len(later.lower.held):
+            lower, upper = later.ends()
+            return PerToken(self.lower.joined(lower), self.upper.joined(upper))
+        both = zip(self.ends(), later.ends(), strict=True)
+        return PerToken.of(*(torch.cat([_of_heads(each, heads) for each in pair], 1) for pair in both))
 
     def heads(self, heads: int) -> list[PerToken]:
-        return [PerToken(row.clone()) for row in self._of(heads).split(1)]
-
-    def _of(self, heads: int) -> Tensor:
-        return self.bounds if len(self.bounds) == heads else self.bounds.expand(heads, -1, -1).contiguous()
+        sides = (_of_heads(each, heads).split(1) for each in self.ends())
+        return [PerToken.of(lower.clone(), upper.clone()) for lower, upper in zip(*sides, strict=True)]
 
     def nbytes(self) -> int:
-        return self.bounds.nbytes
+        return self.lower.nbytes + self.upper.nbytes
+
+
+def _of_heads(shared: Tensor, heads: int) -> Tensor:
+    """[heads or 1, length, 1] as [heads, length, 1]."""
+    return shared.expand(heads, -1, -1)
 
 
 @dataclass(frozen=True)
 class NonUniformColumn(Column):
     """The nearest level in a range, and outliers."""
 
-    packed: Tensor
+    packed: Growing
     """[heads, length, head_dim * bits / 8], uint8."""
     ranges: Ranges
     outliers: Sparse
@@ -177,31 +221,50 @@ class NonUniformColumn(Column):
     @classmethod
     def of(cls, x: Tensor, outlying: Tensor, ranges: Ranges, levels: Tensor, bits: int) -> NonUniformColumn:
         """x [heads, length, head_dim], and which of its numbers are stored as they are, bool of that shape."""
-        index = nearest(normalised(x.float(), *ranges.of_entries()), levels)
-        return cls(pack(index.to(torch.uint8), bits), ranges, Sparse.of(x, outlying), Table(levels), bits)
+        lower, upper = (each.float() for each in ranges.ends())
+        if has_numba(x.device):
+            from .numba_encoding import by_table  # late: nobody else waits for its import
+
+            packed = by_table(x.float(), lower, upper, levels, bits)
+        else:
+            packed = pack(nearest(normalised(x.float(), lower, upper), levels).to(torch.uint8), bits)
+        return cls(Growing(packed), ranges, Sparse.of(x, outlying), Table(levels), bits)
 
     def decoded(self) -> Tensor:
-        lower, upper = self.ranges.of_entries()
-        index = unpack(self.packed, self.bits)
+        lower, upper = (each.float() for each in self.ranges.ends())
+        index = unpack(self.packed.read(), self.bits)
         x = self.table.levels.index_select(0, index.flatten().int()).view(index.shape)
         return self.outliers.put_into(x.mul_((upper - lower) / 2).add_((upper + lower) / 2))
 
+    @cached_property
+    def compiled(self) -> Encoded | None:
+        packed = self.packed.held
+        if not has_vectors(packed.device, packed.shape[2] * 8 // self.bits):
+            return None
+        from .numba_levels import tabled, with_exact  # late, too
+
+        levels = tabled(
+            self.packed.length, packed, *self.ranges.held(), self.ranges.of_tokens, self.table.levels, self.bits
+        )
+        return with_exact(levels, self.outliers)
+
     def keep(self, index: Tensor) -> NonUniformColumn:
-        kept = entries(self.packed, index), self.ranges.keep(index), self.outliers.keep(index)
-        return NonUniformColumn(*kept, self.table, self.bits)
+        packed = Growing(entries(self.packed.read(), index))
+        return self._with(packed, self.ranges.keep(index), self.outliers.keep(index))
 
     def heads(self) -> list[NonUniformColumn]:
-        heads = len(self.packed)
-        parts = zip(self.packed.split(1), self.ranges.heads(heads), self.outliers.heads(), strict=True)
-        return [
-            NonUniformColumn(packed.clone(), ranges, outliers, self.table, self.bits)
-            for packed, ranges, outliers in parts
-        ]
+        rows = self.packed.read().split(1)
+        parts = zip(rows, self.ranges.heads(len(rows)), self.outliers.heads(), strict=True)
+        return [self._with(Growing(packed.clone()), ranges, outliers) for packed, ranges, outliers in parts]
 
     def joined(self, later: NonUniformColumn) -> NonUniformColumn:
-        packed = torch.cat([self.packed, later.packed], 1)
-        ranges = self.ranges.joined(later.ranges, len(packed))
-        return NonUniformColumn(packed, ranges, self.outliers.joined(later.outliers), self.table, self.bits)
+        packed = self.packed.joined(later.packed.read())
+        ranges = self.ranges.joined(later.ranges, len(packed.held))
+        return self._with(packed, ranges, self.outliers.joined(later.outliers))
+
+    def _with(self, packed: Growing, ranges: Ranges, outliers: Sparse) -> NonUniformColumn:
+        """Others at the same levels."""
+        return NonUniformColumn(packed, ranges, outliers, self.table, self.bits)
 
     def nbytes(self) -> int:
         return self.packed.nbytes + self.ranges.nbytes() + self.outliers.nbytes()

@@ -14,11 +14,14 @@ from numba import prange
 from torch import Tensor
 
 from .numba_kernels import join_parts
-from .numba_loops import compiled, exact, in_threads, run, softmax_sums
-from .numba_vectors import levels, number, numbers, put, repeated, size, spread, total, vector
+from .numba_loops import compiled, in_threads, run, softmax_sums
+from .numba_packed import levels, looked_up
+from .numba_vectors import number, numbers, put, repeated, size, spread, total, turned, vector
+from .packing import Sparse, place_bits
 
 AT_ONCE = 64
 """Entries that are written out together."""
+HALF = np.float32(0.5)
 PART = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
 
@@ -31,7 +34,7 @@ class Encoded(NamedTuple):
     packed: Any
     """[heads, capacity, bytes], uint8."""
     scale: Any
-    """[heads, groups of entries, head_dim] or [heads, capacity, groups of channels]."""
+    """[heads or 1, groups of entries, head_dim] or [heads or 1, capacity, groups of channels]."""
     least: Any
     ends: Any
     """Where each group of entries ends, [heads, groups], int64; [heads, 0] if groups are of channels."""
@@ -39,15 +42,25 @@ class Encoded(NamedTuple):
     """A `size`."""
     group: Any
     """Channels of a group, if groups are of channels; a `size`."""
-    rows: Any = np.empty((0, 0, 0), np.float32)
-    """What is added to entries, as shares of directions: [heads, capacity, directions]."""
-    directions: Any = np.empty((0, 0, 0, 0), np.float32)
+    table: Any = None
+    """What levels stand for, in ranges from `least` to `scale`; None if they are equally far apart."""
+    rows: Any = None
+    """What is added to entries, as shares of directions, [heads, capacity, directions]; None, as all below, if nothing."""
+    directions: Any = None
     """[heads, blocks of entries, directions, head_dim]."""
-    block_ends: Any = np.empty((0, 0), np.int64)
+    block_ends: Any = None
     """Where each block of entries ends, [heads, blocks], int64."""
-    where: Any = np.empty(0, np.int32)
-    """Where numbers stand in the entries [heads, length, head_dim] that are stored as they are, ascending."""
-    what: Any = np.empty(0, np.float32)
+    where: Any = None
+    """Where numbers stand that are stored as they are, as in `packing.Sparse`."""
+    what: Any = None
+    of_head: int = 0
+    """Bits of such a place."""
+    of_channel: int = 0
+    positions: Any = None
+    """By which entries are turned in the end, [heads or 1, length]."""
+    cos: Any = None
+    """[positions, head_dim / 2]."""
+    sin: Any = None
 
 
 def uniform(
@@ -62,15 +75,38 @@ def uniform(
     return Encoded(length, numbers(packed), numbers(scale), numbers(least), ends, size(bits), group)
 
 
-def corrected(
-    column: Encoded, rows: Tensor, directions: Tensor, counts: Tensor, where: Tensor, what: Tensor
-) -> Encoded:
+def corrected(column: Encoded, rows: Tensor, directions: Tensor, counts: Tensor) -> Encoded:
     """A column with rows [heads, length, directions] times directions [heads, blocks, directions, head_dim] added to it.
 
-    `counts` [heads, blocks] are of the entries of its blocks. After that, there is `what` in its numbers at `where`.
+    `counts` [heads, blocks] are of the entries of its blocks.
     """
-    more = numbers(rows), numbers(directions), _ends(counts), where.numpy(), numbers(what)
-    return column._replace(**dict(zip(Encoded._fields[-5:], more, strict=True)))
+    return column._replace(rows=numbers(rows), directions=numbers(directions), block_ends=_ends(counts))
+
+
+def tabled(
+    length: int, packed: Tensor, lower: Tensor, upper: Tensor, of_entries: bool, table: Tensor, bits: int
+) -> Encoded:
+    """Levels of a table [2 ** bits], from -1 to 1, in ranges as `nonuniform.Ranges` has them.
+
+    Ranges are [heads or 1, length, 1], or [heads, 1, head_dim] for all entries.
+    """
+    ends = np.empty((len(packed), 0), np.int64) if of_entries else np.full((len(packed), 1), length)
+    group = size(packed.shape[2] * 8 // bits if of_entries else 1)
+    ranges = numbers(upper), numbers(lower)
+    return Encoded(length, numbers(packed), *ranges, ends, size(bits), group, table=numbers(table))
+
+
+def turned_by(column: Encoded, positions: Tensor, cos: Tensor, sin: Tensor) -> Encoded:
+    """A column whose entries are turned by positions [heads or 1, length], of which cos and sin are a table."""
+    return column._replace(positions=positions.contiguous().numpy(), cos=numbers(cos), sin=numbers(sin))
+
+
+def with_exact(column: Encoded, exact: Sparse) -> Encoded:
+    """A column with other numbers in place of some of its own."""
+    heads, _, dim = exact.shape
+    where, what = exact.where.read()[0].numpy(), numbers(exact.what.read()[0])
+    of_head, of_channel = place_bits(heads, dim)
+    return column._replace(where=where, what=what, of_head=of_head, of_channel=of_channel)
 
 
 def _ends(counts: Tensor) -> Any:
@@ -88,105 +124,104 @@ def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, r
     length = keys.length + recent_keys.shape[1]
     highest = np.empty((heads, -(-length // PART), queries), np.float32)
     sums, mixtures = np.empty_like(highest), np.empty((*highest.shape, dim), np.float32)
-    sides = (*keys, numbers(recent_keys)), (*values, numbers(recent_values))
+    sides = keys, numbers(recent_keys), values, numbers(recent_values)
     run(_attend_to_parts, _attend_in_threads, exact_query, size(dim), length, *sides, highest, sums, mixtures)
     join_parts(highest, sums, mixtures, exact_query)
     return torch.from_numpy(exact_query)
 
 
-def by_channels(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed levels, scales and least numbers of x [heads, length, head_dim], float32, in groups of channels.
-
-    [heads, length, head_dim * bits / 8], uint8, and [heads, length, groups], float32, to the bit as torch has them.
-    """
-    *shape, dim = x.shape
-    packed = np.zeros((*shape, dim * bits // 8), np.uint8)
-    scale, least = np.empty((2, *shape, -(-dim // group_size)), np.float32)
-    _encode(x.contiguous().numpy(), packed, scale, least, bits, group_size)
-    return torch.from_numpy(packed), torch.from_numpy(scale), torch.from_numpy(least)
-
-
-@exact
-def _encode(x: Any, packed: Any, scale: Any, least: Any, bits: Any, group_size: Any) -> None:
-    """See `by_channels`."""
-    heads, tokens, dim = x.shape
-    most, found = np.float32((1 << bits) - 1), np.empty(dim, np.uint8)
-    for head, entry in np.ndindex(heads, tokens):
-        for part in range(scale.shape[2]):
-            begin, end = part * group_size, min((part + 1) * group_size, dim)
-            low = high = x[head, entry, begin]
-            for channel in range(begin, end):
-                low, high = min(low, x[head, entry, channel]), max(high, x[head, entry, channel])
-            apart = (high - low) / most
-            scale[head, entry, part], least[head, entry, part] = apart, low
-            for channel in range(begin, end):
-                step = (x[head, entry, channel] - low) / apart if apart > 0 else np.float32(0)
-                found[channel] = np.uint8(np.rint(min(max(step, np.float32(0)), most)))
-        first = shift = 0
-        for width in (8, 4, 2, 1):
-            if bits & width:
-                length, mask = dim * width // 8, (1 << width) - 1
-                for channel in range(dim):
-                    field = ((found[channel] >> shift) & mask) << (channel // length * width)
-                    packed[head, entry, first + channel % length] |= field
-                first, shift = first + length, shift + width
+@compiled
+def _write(side: Any, recent: Any, channels: Any, head: Any, start: Any, count: Any, written: Any) -> None:
+    """Write entries start... of a head, encoded and recent ones, as numbers [entries, head_dim]."""
+    old = min(max(side.length - start, 0), count)
+    if old:
+        how = side.scale, side.least, side.ends, side.bits, side.group, side.table
+        _decode(channels, head, start, old, side.packed, *how, written)
+        _add_directions(channels, head, start, old, side.rows, side.directions, side.block_ends, written)
+        _put_in_place(head, start, old, side.where, side.what, side.of_head, side.of_channel, written)
+        _turn(channels, head, start, old, side.positions, side.cos, side.sin, written)
+    first = head * recent.shape[1] + start - side.length
+    for entry in range(old, count):
+        put(written, entry, vector(recent, first + entry, channels))
 
 
 @compiled
-def _write(side: Any, channels: Any, head: Any, start: Any, count: Any, written: Any) -> None:
-    """Write entries start... of a head, encoded and recent ones, as numbers [entries, head_dim]."""
-    length, packed, scale, least, ends, bits, group, rows, directions, block_ends, where, what, recent = side
-    old = min(max(length - start, 0), count)
-    first = head * packed.shape[1] + start
-    if ends.shape[1] == 0:
-        for entry in range(old):
-            scales = spread(scale, first + entry, channels, group)
-            leasts = spread(least, first + entry, channels, group)
-            put(written, entry, levels(packed, first + entry, channels, bits) * scales + leasts)
-    else:
-        run_of, entry = np.searchsorted(ends[head], start, side="right"), 0
-        while entry < old:
-            stop, place = min(ends[head, run_of] - start, old), head * scale.shape[1] + run_of
-            scales, leasts = vector(scale, place, channels), vector(least, place, channels)
+def _decode(
+    channels: Any,
+    head: Any,
+    start: Any,
+    count: Any,
+    packed: Any,
+    scale: Any,
+    least: Any,
+    ends: Any,
+    bits: Any,
+    group: Any,
+    table: Any,
+    written: Any,
+) -> None:
+    """What the levels of entries start... of a head stand for."""
+    first, entry = head * packed.shape[1] + start, 0
+    of_entries, before = ends.shape[1] > 0, head % len(scale) * scale.shape[1]
+    run_of = np.searchsorted(ends[head], start, side="right") if of_entries else start
+    while entry < count:
+        place, stop = before + run_of, min(ends[head, run_of] - start, count) if of_entries else entry + 1
+        apart, low = spread(scale, place, channels, group), spread(least, place, channels, group)
+        if table is None:
             while entry < stop:
-                put(written, entry, levels(packed, first + entry, channels, bits) * scales + leasts)
+                put(written, entry, levels(packed, first + entry, channels, bits) * apart + low)
                 entry += 1
-            run_of += 1
-    if directions.shape[2]:
-        _add_directions(channels, head, start, old, rows, directions, block_ends, written)
-    if len(where):
-        _put_in_place((head * length + start) * written.shape[1], old * written.shape[1], where, what, written)
-    first = head * recent.shape[1] + start - length
-    for entry in range(old, count):
-        put(written, entry, vector(recent, first + entry, channels))
+        else:
+            half = repeated(HALF, channels)
+            width, middle = half * (apart - low), half * (apart + low)
+            while entry < stop:
+                put(written, entry, looked_up(packed, first + entry, channels, bits, table) * width + middle)
+                entry += 1
+        run_of += 1
 
 
 @compiled
 def _add_directions(
     channels: Any, head: Any, start: Any, count: Any, rows: Any, directions: Any, ends: Any, written: Any
 ) -> None:
-    """Add to entries start... of a head what they have of their blocks' directions."""
-    rank = directions.shape[2]
-    block, entry = np.searchsorted(ends[head], start, side="right"), 0
-    while entry < count:
-        stop, place = min(ends[head, block] - start, count), (head * directions.shape[1] + block) * rank
-        while entry < stop:
-            whole, first = vector(written, entry, channels), (head * rows.shape[1] + start + entry) * rank
-            for each in range(rank):
-                share = repeated(number(rows, first + each), channels)
-                whole = whole + share * vector(directions, place + each, channels)
-            put(written, entry, whole)
-            entry += 1
-        block += 1
+    """Add to entries start... of a head what they have of their blocks' directions, if there are any."""
+    if directions is not None:
+        rank = directions.shape[2]
+        block, entry = np.searchsorted(ends[head], start, side="right"), 0
+        while entry < count:
+            stop, place = min(ends[head, block] - start, count), (head * directions.shape[1] + block) * rank
+            while entry < stop:
+                whole, first = vector(written, entry, channels), (head * rows.shape[1] + start + entry) * rank
+                for each in range(rank):
+                    share = repeated(number(rows, first + each), channels)
+                    whole = whole + share * vector(directions, place + each, channels)
+                put(written, entry, whole)
+                entry += 1
+            block += 1
 
 
 @compiled
-def _put_in_place(first: Any, count: Any, where: Any, what: Any, written: Any) -> None:
-    """Write those of numbers first... that are stored as they are; as many are written."""
-    flat, at = written.ravel(), np.searchsorted(where, first)
-    while at < len(where) and where[at] < first + count:
-        flat[where[at] - first] = number(what, at)
-        at += 1
+def _put_in_place(
+    head: Any, start: Any, count: Any, where: Any, what: Any, of_head: Any, of_channel: Any, written: Any
+) -> None:
+    """Write those numbers of entries start... of a head that are stored as they are, if any are."""
+    if where is not None:
+        bits, nowhere = of_head + of_channel, np.int32(len(written) - 1)
+        for at in range(np.searchsorted(where, start << bits), len(where)):
+            place, entry = where[at], (where[at] >> bits) - start
+            if entry >= count:
+                break
+            own = place >> of_channel & (1 << of_head) - 1 == head  # no branch: nobody could foresee it
+            written[np.uint32(entry if own else nowhere), np.uint32(place & (1 << of_channel) - 1)] = number(what, at)
+
+
+@compiled
+def _turn(channels: Any, head: Any, start: Any, count: Any, positions: Any, cos: Any, sin: Any, written: Any) -> None:
+    """Turn entries start... of a head by their positions, if they have any."""
+    if positions is not None:
+        own = positions[head % len(positions)]
+        for entry in range(count):
+            put(written, entry, turned(vector(written, entry, channels), cos, sin, own[start + entry]))
 
 
 @compiled
@@ -197,20 +232,25 @@ def _attend_to_parts(
     channels: Any,
     length: Any,
     keys: Any,
+    recent_keys: Any,
     values: Any,
+    recent_values: Any,
     highest: Any,
     sums: Any,
     mixtures: Any,
 ) -> None:
     """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
     heads, parts, queries, dim = mixtures.shape
-    logits, written = np.empty((queries, PART), np.float32), np.empty((AT_ONCE, dim), np.float32)
+    logits, written = (
+        np.empty((queries, PART), np.float32),
+        np.empty((AT_ONCE + 1, dim), np.float32),
+    )  # the last is nobody's
     for job in range(thread, heads * parts, threads):
         head, part = job // parts, job % parts
         begin, end = part * PART, min((part + 1) * PART, length)
         for start in range(begin, end, AT_ONCE):
             count = min(AT_ONCE, end - start)
-            _write(keys, channels, head, start, count, written)
+            _write(keys, recent_keys, channels, head, start, count, written)
             for each in range(queries):
                 row = vector(query, head * queries + each, channels)
                 for entry in range(count):
@@ -220,7 +260,7 @@ def _attend_to_parts(
             put(mixtures, job * queries + each, repeated(np.float32(0), channels))
         for start in range(begin, end, AT_ONCE):
             count = min(AT_ONCE, end - start)
-            _write(values, channels, head, start, count, written)
+            _write(values, recent_values, channels, head, start, count, written)
             for each in range(queries):
                 mixture = vector(mixtures, job * queries + each, channels)
                 for entry in range(count):
@@ -231,7 +271,30 @@ def _attend_to_parts(
 
 @in_threads
 def _attend_in_threads(
-    threads: Any, query: Any, channels: Any, length: Any, keys: Any, values: Any, highest: Any, sums: Any, mixtures: Any
+    threads: Any,
+    query: Any,
+    channels: Any,
+    length: Any,
+    keys: Any,
+    recent_keys: Any,
+    values: Any,
+    recent_values: Any,
+    highest: Any,
+    sums: Any,
+    mixtures: Any,
 ) -> None:
     for thread in prange(threads):
-        _attend_to_parts(thread, threads, query, channels, length, keys, values, highest, sums, mixtures)
+        _attend_to_parts(
+            thread,
+            threads,
+            query,
+            channels,
+            length,
+            keys,
+            recent_keys,
+            values,
+            recent_values,
+            highest,
+            sums,
+            mixtures,
+        )

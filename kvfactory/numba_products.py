@@ -9,11 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .compiled import WIDEST
 from .numba_loops import FEATURES, compiled
-from .numba_vectors import add_product, put, size, vector
+from .numba_vectors import FLOAT, FREE, chosen, intrinsic, joined, load, place_of, put, size, vector
 
 ROWS = 6
 COLUMNS = 64 if "+avx512f" in FEATURES else 16
@@ -39,6 +43,65 @@ def columns_of(x: Tensor) -> Any:
 def _held(x: Tensor) -> Tensor:
     """Numbers as they are multiplied."""
     return x.contiguous().view(torch.int32) if PAIRS and x.dtype == torch.bfloat16 else x.float().contiguous()
+
+
+class _BFloat16(ir.types.Type):
+    """The compiler has it, and the library that writes for it does not."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+@intrinsic
+def add_product(typing_context: Any, sums: Any, left: Any, number: Any, right: Any, index: Any) -> Any:
+    """Sums, and one number of `left` times the entry `index` of `right`, an array of entries as wide as the sums.
+
+    Both are float32, or int32, each of which is two numbers in bfloat16; two products are added then, in float32, by what
+    processors with `+avx512bf16` have for it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        before, *places = arguments
+        width = before.type.count
+        kinds = signature.args[1:]
+        one = load(context, builder, kinds[:2], places[:2], 1)
+        many = load(context, builder, kinds[2:], places[2:], width)
+        if kinds[0].dtype == types.float32:
+            return builder.fadd(before, builder.fmul(many, chosen(builder, one, [0] * width), FREE), FREE)
+        assert kinds[0].dtype == kinds[2].dtype == types.int32, "products are of float32 or of pairs of bfloat16"
+        numbers, pairs = ir.VectorType(FLOAT, WIDEST), ir.VectorType(_BFloat16(), 2 * WIDEST)
+        kind = ir.FunctionType(numbers, [numbers, pairs, pairs])
+        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        everywhere = builder.bitcast(chosen(builder, one, [0] * WIDEST), pairs)
+        parts = []
+        for start in range(0, width, WIDEST):
+            some = range(start, start + WIDEST)
+            part = builder.bitcast(chosen(builder, many, some), pairs)
+            parts.append(builder.call(add, [chosen(builder, before, some), part, everywhere]))
+        return joined(builder, parts)
+
+    return sums(sums, left, number, right, index), generate
+
+
+@intrinsic
+def put_rounded(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write a vector as entry `index` of an array without gaps of what is multiplied: rounded where that is bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = arguments[2]
+        if signature.args[0].dtype == types.int32:
+            rounded = builder.fptrunc(held, ir.VectorType(_BFloat16(), held.type.count))
+            held = builder.bitcast(rounded, ir.VectorType(ir.IntType(32), held.type.count // 2))
+        builder.store(held, place_of(context, builder, signature.args, arguments, held.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, index, value), generate
 
 
 @compiled

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .numba_loops import compiled, exponential, in_threads, run
-from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, rows_of
-from .numba_vectors import most, put, total, vector
+from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of
+from .numba_vectors import most, total, vector
 
 QUERIES = 11 * ROWS
 """Queries that are worked on together: the least number of tiles that hold 64."""
@@ -115,7 +115,7 @@ def _attend(
                 _mask(logits[row], scale, in_column[first : first + COLUMNS], on_slash, ahead + 1)
                 smaller = _weigh(logits, row, highest, sums)
                 totals[row] = totals[row] * smaller + total(vector(logits, row, WIDE))
-                put(weights, row, vector(logits, row, WIDE))
+                put_rounded(weights, row, vector(logits, row, WIDE))
             for part in range(len(sums)):
                 for row in range(0, stop - start, ROWS):
                     add_tile(sums, part * QUERIES + row, weights, row, value, tile * len(sums) + part)

@@ -20,9 +20,6 @@ from numba.core import cgutils
 from numba.extending import models, overload, register_model
 from torch import Tensor
 
-from .compiled import WIDEST
-from .packing import PLANES
-
 intrinsic: Any = extending.intrinsic  # its type forgets that compiled functions leave the first argument out
 FLOAT = ir.FloatType()
 FREE = ("reassoc", "contract", "nsz", "arcp")
@@ -51,7 +48,7 @@ def size(count: int) -> Any:
     return np.empty(0, np.dtype([("bytes", np.uint8, (count,))]))
 
 
-def _count(kind: Any) -> int:
+def count_of(kind: Any) -> int:
     """Of the type of what `size` gives."""
     return int(kind.dtype.size)
 
@@ -76,10 +73,10 @@ def vector(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0].dtype
-        found = _load(context, builder, signature.args, arguments, _count(count))
-        return _as_float(builder, found, kind)
+        found = load(context, builder, signature.args, arguments, count_of(count))
+        return as_float(builder, found, kind)
 
-    return Vector(_count(count))(array, index, count), generate
+    return Vector(count_of(count))(array, index, count), generate
 
 
 @intrinsic
@@ -87,36 +84,10 @@ def number(typing_context: Any, array: Any, index: Any) -> Any:
     """One number of an array without gaps, float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = _load(context, builder, signature.args, arguments, 1)
-        return builder.extract_element(_as_float(builder, found, signature.args[0].dtype), _int32(0))
+        found = load(context, builder, signature.args, arguments, 1)
+        return builder.extract_element(as_float(builder, found, signature.args[0].dtype), _int32(0))
 
     return types.float32(array, index), generate
-
-
-@intrinsic
-def levels(typing_context: Any, packed: Any, index: Any, count: Any, bits: Any) -> Any:
-    """What `packing.pack` was given of entry `index` of packed bytes, whose levels have so many bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        dim = _count(count)
-        found = _load(context, builder, signature.args, arguments, dim * _count(bits) // 8)
-        planes, first, shift = [], 0, 0
-        for width in PLANES[_count(bits)]:
-            length = dim * width // 8
-            some = _chosen(builder, found, range(first, first + length))
-            fields = [
-                builder.and_(builder.lshr(some, _all(some, place)), _all(some, 2**width - 1))
-                for place in range(0, 8, width)
-            ]
-            plane = _joined(builder, fields)
-            planes.append(builder.shl(plane, _all(plane, shift)))
-            first, shift = first + length, shift + width
-        whole = planes[0]
-        for plane in planes[1:]:
-            whole = builder.or_(whole, plane)
-        return _as_float(builder, whole, types.uint8)
-
-    return Vector(_count(count))(packed, index, count, bits), generate
 
 
 @intrinsic
@@ -124,24 +95,21 @@ def spread(typing_context: Any, array: Any, index: Any, count: Any, group: Any) 
     """Entry `index` of an array with a number for every `group` channels, of which there are `count`, for each of those."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        parts, dim = -(-_count(count) // _count(group)), _count(count)
-        found = _load(context, builder, signature.args, arguments, parts)
-        exact = _as_float(builder, found, signature.args[0].dtype)
-        return _chosen(builder, exact, [channel // _count(group) for channel in range(dim)])
+        parts, dim = -(-count_of(count) // count_of(group)), count_of(count)
+        found = load(context, builder, signature.args, arguments, parts)
+        exact = as_float(builder, found, signature.args[0].dtype)
+        return chosen(builder, exact, [channel // count_of(group) for channel in range(dim)])
 
-    return Vector(_count(count))(array, index, count, group), generate
+    return Vector(count_of(count))(array, index, count, group), generate
 
 
 @intrinsic
 def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write a vector as entry `index` of an array of float32 without gaps, or of int32: two numbers in bfloat16 each."""
+    """Write a vector as entry `index` of an array of float32 without gaps."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        held = arguments[2]
-        if signature.args[0].dtype == types.int32:
-            rounded = builder.fptrunc(held, ir.VectorType(_BFloat16(), held.type.count))
-            held = builder.bitcast(rounded, ir.VectorType(ir.IntType(32), held.type.count // 2))
-        builder.store(held, _place(context, builder, signature.args, arguments, held.type), align=4)
+        where = place_of(context, builder, signature.args, arguments, arguments[2].type)
+        builder.store(arguments[2], where, align=4)
         return context.get_dummy_value()
 
     return types.void(array, index, value), generate
@@ -174,53 +142,32 @@ def repeated(typing_context: Any, number: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         exact = context.cast(builder, arguments[0], signature.args[0], types.float32)
         one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT, 1), ir.Undefined), exact, _int32(0))
-        return _chosen(builder, one, [0] * _count(count))
+        return chosen(builder, one, [0] * count_of(count))
 
-    return Vector(_count(count))(number, count), generate
-
-
-class _BFloat16(ir.types.Type):
-    """The compiler has it, and the library that writes for it does not."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
+    return Vector(count_of(count))(number, count), generate
 
 
 @intrinsic
-def add_product(typing_context: Any, sums: Any, left: Any, number: Any, right: Any, index: Any) -> Any:
-    """Sums, and one number of `left` times the entry `index` of `right`, an array of entries as wide as the sums.
-
-    Both are float32, or int32, each of which is two numbers in bfloat16; two products are added then, in float32, by what
-    processors with `+avx512bf16` have for it.
-    """
+def turned(typing_context: Any, value: Any, cos: Any, sin: Any, index: Any) -> Any:
+    """A vector whose two halves, as pairs, are turned by angles, of which arrays have cosines and sines as entry `index`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        before, *places = arguments
-        width = before.type.count
+        whole, index = arguments[0], arguments[3]
+        half = whole.type.count // 2
         kinds = signature.args[1:]
-        one = _load(context, builder, kinds[:2], places[:2], 1)
-        many = _load(context, builder, kinds[2:], places[2:], width)
-        if kinds[0].dtype == types.float32:
-            return builder.fadd(before, builder.fmul(many, _chosen(builder, one, [0] * width), FREE), FREE)
-        assert kinds[0].dtype == kinds[2].dtype == types.int32, "products are of float32 or of pairs of bfloat16"
-        numbers, pairs = ir.VectorType(FLOAT, WIDEST), ir.VectorType(_BFloat16(), 2 * WIDEST)
-        kind = ir.FunctionType(numbers, [numbers, pairs, pairs])
-        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        everywhere = builder.bitcast(_chosen(builder, one, [0] * WIDEST), pairs)
-        parts = []
-        for start in range(0, width, WIDEST):
-            some = range(start, start + WIDEST)
-            part = builder.bitcast(_chosen(builder, many, some), pairs)
-            parts.append(builder.call(add, [_chosen(builder, before, some), part, everywhere]))
-        return _joined(builder, parts)
+        cosines, sines = (
+            load(context, builder, (kinds[side], kinds[2]), (arguments[1 + side], index), half) for side in range(2)
+        )
+        left, right = (chosen(builder, whole, range(start, start + half)) for start in (0, half))
 
-    return sums(sums, left, number, right, index), generate
+        def times(some: Any, others: Any) -> Any:
+            return builder.fmul(some, others, flags=FREE)
+
+        new_left = builder.fsub(times(left, cosines), times(right, sines), flags=FREE)
+        new_right = builder.fadd(times(right, cosines), times(left, sines), flags=FREE)
+        return joined(builder, [new_left, new_right])
+
+    return value(value, cos, sin, index), generate
 
 
 def _between(operation: Callable[..., Any], name: str) -> None:
@@ -241,10 +188,11 @@ def _between(operation: Callable[..., Any], name: str) -> None:
 
 
 _between(operator.add, "fadd")
+_between(operator.sub, "fsub")
 _between(operator.mul, "fmul")
 
 
-def _place(context: Any, builder: Any, kinds: Any, arguments: Any, kind: Any) -> Any:
+def place_of(context: Any, builder: Any, kinds: Any, arguments: Any, kind: Any) -> Any:
     """A pointer to an array's entry, one of a vector type; arguments of these kinds are the array and the index."""
     kind_of_array = kinds[0]
     assert kind_of_array.layout == "C", f"{kind_of_array} may have gaps"
@@ -254,14 +202,14 @@ def _place(context: Any, builder: Any, kinds: Any, arguments: Any, kind: Any) ->
     return builder.bitcast(builder.gep(array.data, [start]), kind.as_pointer())
 
 
-def _load(context: Any, builder: Any, kinds: Any, arguments: Any, count: int) -> Any:
+def load(context: Any, builder: Any, kinds: Any, arguments: Any, count: int) -> Any:
     """An array's entry of `count` numbers as they are; arguments as those of `_place`."""
     kind = kinds[0].dtype
     held = ir.VectorType(context.get_data_type(kind), count)
-    return builder.load(_place(context, builder, kinds, arguments, held), align=kind.bitwidth // 8)
+    return builder.load(place_of(context, builder, kinds, arguments, held), align=kind.bitwidth // 8)
 
 
-def _as_float(builder: Any, numbers: Any, kind: Any) -> Any:
+def as_float(builder: Any, numbers: Any, kind: Any) -> Any:
     """Numbers of an array of this kind as float32."""
     exact = ir.VectorType(FLOAT, numbers.type.count)
     if kind == types.float32:
@@ -270,7 +218,7 @@ def _as_float(builder: Any, numbers: Any, kind: Any) -> Any:
         return builder.fpext(builder.bitcast(numbers, ir.VectorType(ir.HalfType(), numbers.type.count)), exact)
     wide = builder.zext(numbers, ir.VectorType(ir.IntType(32), numbers.type.count))
     if kind == types.uint16:  # bfloat16 is the upper half of a float32
-        return builder.bitcast(builder.shl(wide, _all(wide, 16)), exact)
+        return builder.bitcast(builder.shl(wide, all_of(wide, 16)), exact)
     return builder.sitofp(wide, exact)
 
 
@@ -282,13 +230,13 @@ def _reduced(builder: Any, operation: str, *arguments: Any) -> Any:
     return builder.call(reduce, arguments, fastmath=FREE)
 
 
-def _chosen(builder: Any, numbers: Any, places: Any) -> Any:
+def chosen(builder: Any, numbers: Any, places: Any) -> Any:
     """Those of a vector at some places."""
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
     return builder.shuffle_vector(numbers, ir.Constant(numbers.type, ir.Undefined), mask)
 
 
-def _joined(builder: Any, parts: list[Any]) -> Any:
+def joined(builder: Any, parts: list[Any]) -> Any:
     """Vectors of one length, a power of two of them, behind each other."""
     while len(parts) > 1:
         count = 2 * parts[0].type.count
@@ -297,7 +245,7 @@ def _joined(builder: Any, parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _all(like: Any, number: int) -> Any:
+def all_of(like: Any, number: int) -> Any:
     """A vector of one integer, of the type of another's."""
     return ir.Constant(like.type, [number] * like.type.count)
 

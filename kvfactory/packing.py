@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .buffers import Growing
+from .compiled import has_numba
+from .errors import require
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths that fit bytes, whose sum is a number of bits: 3 bits are packed as 2 and 1."""
@@ -104,63 +107,84 @@ class Groups:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A few numbers of a matrix [heads, length, dim], as they are: each with where it stands, in 4 bytes."""
+    """A few numbers of entries, as they are: each with where it stands, in 4 bytes."""
 
-    where: Tensor
-    """Where each stands in the flat matrix, [count], int32, ascending."""
-    what: Tensor
-    """[count]."""
+    where: Growing
+    """Entry, head and channel of each, in the bits of an int32 from the highest on, ascending, [1, count]."""
+    what: Growing
+    """[1, count]."""
     shape: tuple[int, int, int]
+    """Heads, entries and channels."""
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for entries that have too many numbers."""
+        heads, length, dim = self.shape
+        require(
+            length <= 2**31 >> sum(place_bits(heads, dim)),
+            f"{length} entries of {heads} heads and head_dim {dim} are too many for outliers, whose places take 4 bytes",
+        )
 
     @classmethod
     def of(cls, x: Tensor, chosen: Tensor) -> Sparse:
-        """Those numbers of x that a bool of its shape names."""
+        """Those numbers of x [heads, length, head_dim] that a bool of its shape names."""
         heads, length, dim = x.shape
-        return cls(chosen.flatten().nonzero()[:, 0].int(), x[chosen], (heads, length, dim))
+        if has_numba(x.device):
+            from .numba_encoding import apart  # late: nobody else waits for its import
+
+            where, what = apart(x, chosen, *place_bits(heads, dim))
+            return cls(Growing(where[None]), Growing(what[None]), (heads, length, dim))
+        by_entry = chosen.transpose(0, 1)
+        entry, head, channel = by_entry.nonzero(as_tuple=True)
+        return cls._at(entry, head, channel, x[head, entry, channel], (heads, length, dim))
+
+    @classmethod
+    def _at(cls, entry: Tensor, head: Tensor, channel: Tensor, what: Tensor, shape: tuple[int, int, int]) -> Sparse:
+        """Of numbers [count] at places [count] each."""
+        of_head, of_channel = place_bits(shape[0], shape[2])
+        where = ((entry << of_head | head) << of_channel | channel).int()
+        return cls(Growing(where[None]), Growing(what[None]), shape)
+
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entry, head and channel of each, int64."""
+        of_head, of_channel = place_bits(self.shape[0], self.shape[2])
+        where = self.where.read()[0].long()
+        return where >> of_head + of_channel, where >> of_channel & (1 << of_head) - 1, where & (1 << of_channel) - 1
 
     def put_into(self, x: Tensor) -> Tensor:
-        """Write the numbers into x [heads, length, dim], in place."""
-        x.view(-1).index_copy_(0, self.where.long(), self.what.to(x.dtype))
-        return x
+        """Write the numbers into x [heads, length, head_dim], in place."""
+        entry, head, channel = self._places()
+        return x.index_put_((head, entry, channel), self.what.read()[0].to(x.dtype))
 
     def keep(self, index: Tensor) -> Sparse:
         """Those of the entries at index [heads, count], which is ascending in each head."""
         heads, length, dim = self.shape
-        rows = (index + length * torch.arange(heads, device=index.device)[:, None]).flatten()
-        place = torch.full((heads * length,), -1, device=index.device)
-        place[rows] = torch.arange(len(rows), device=index.device)
-        row = place[self.where.long() // dim]
-        stays = row >= 0
-        where = (row * dim + self.where % dim)[stays].int()
-        return Sparse(where, self.what[stays], (heads, index.shape[1], dim))
+        entry, head, channel = self._places()
+        new = torch.full((heads, length), -1, device=index.device)
+        new.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+        entry = new[head, entry]
+        kept, shape = (entry >= 0).nonzero()[:, 0], (heads, index.shape[1], dim)
+        out_of_step = Sparse._at(entry[kept], head[kept], channel[kept], self.what.read()[0, kept], shape)
+        where, order = out_of_step.where.read().sort()  # heads may have let go of different entries
+        return Sparse(Growing(where), Growing(out_of_step.what.read()[:, order[0]]), shape)
 
     def heads(self) -> list[Sparse]:
         """The numbers of each head."""
-        heads, length, dim = self.shape
-        head = self.where // (length * dim)
-        return [
-            Sparse(self.where[head == each] - each * length * dim, self.what[head == each], (1, length, dim))
-            for each in range(heads)
-        ]
+        entry, head, channel = self._places()
+        each = [(head == one).nonzero()[:, 0] for one in range(self.shape[0])]
+        what, shape = self.what.read()[0], (1, *self.shape[1:])
+        return [Sparse._at(entry[own], head[own] * 0, channel[own], what[own], shape) for own in each]
 
     def joined(self, later: Sparse) -> Sparse:
-        """These, and those of a matrix behind this one: the entries of each head follow each other."""
+        """These, and those of the entries behind these."""
         heads, length, dim = self.shape
-        total = length + later.shape[1]
-        where, what = [], []
-        for head, both in enumerate(zip(self._ends(), later._ends(), strict=True)):
-            for part, start, (begin, end) in zip((self, later), (0, length), both, strict=True):
-                moved = head * (total - part.shape[1]) + start
-                where.append(part.where[begin:end] + moved * dim)
-                what.append(part.what[begin:end])
-        return Sparse(torch.cat(where), torch.cat(what), (heads, total, dim))
-
-    def _ends(self) -> list[tuple[int, int]]:
-        """Where the numbers of each head begin and end in the lists."""
-        heads, length, dim = self.shape
-        bounds = torch.arange(heads + 1, device=self.where.device, dtype=self.where.dtype) * (length * dim)
-        return list(pairwise(torch.searchsorted(self.where, bounds).tolist()))
+        where = self.where.joined(later.where.read() + (length << sum(place_bits(heads, dim))))
+        return Sparse(where, self.what.joined(later.what.read()), (heads, length + later.shape[1], dim))
 
     def nbytes(self) -> int:
         """Bytes of both tensors."""
         return self.where.nbytes + self.what.nbytes
+
+
+def place_bits(heads: int, dim: int) -> tuple[int, int]:
+    """How many bits of a `Sparse` place say which head it is of, and how many which channel."""
+    return (heads - 1).bit_length(), (dim - 1).bit_length()

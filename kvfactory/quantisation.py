@@ -71,7 +71,7 @@ class UniformColumn(Column):
         """Groups of channels of each entry of x [heads, length, head_dim]; the last may be short."""
         exact = x.float()
         if has_numba(x.device):
-            from .numba_levels import by_channels  # late, as elsewhere: nobody else waits for its import
+            from .numba_encoding import by_channels  # late, as elsewhere: nobody else waits for its import
 
             levels, scale, least = by_channels(exact, bits, group_size)
             return cls.of(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import cache
 from typing import NamedTuple, Self
 
 import torch
@@ -128,8 +129,14 @@ def spread(kv: Tensor, heads: int) -> Tensor:
 
 
 def consecutive(first: int, count: int, device: torch.device) -> Tensor:
-    """[count] positions, int64, from `first` on."""
-    return torch.arange(first, first + count, device=device)
+    """[count] positions, int64, from `first` on; they are shared, and not to be written to."""
+    return _up_to(1 << max(first + count - 1, 1023).bit_length(), device)[first : first + count]
+
+
+@cache
+def _up_to(end: int, device: torch.device) -> Tensor:
+    """Positions that every layer of every step asks for several times."""
+    return torch.arange(end, device=device)
 
 
 def whole(store: Store) -> tuple[Tensor, Tensor]:
@@ -216,6 +223,8 @@ class DenseStore(Store):
     def _all_positions(self) -> Tensor:
         """[heads or 1, length], int64."""
         run = consecutive(self._run_start, self._length - self._listed.shape[1], self._listed.device)
+        if not self._listed.shape[1]:
+            return run[None]  # eight times a layer and step it is asked for, and a copy is long
         return torch.cat([self._listed.long(), run.expand(len(self._listed), -1)], 1)
 
     def positions(self) -> list[Tensor]:

@@ -97,10 +97,10 @@ class GEARColumn(Column):
         levels = self.levels.compiled
         if levels is None:
             return None
-        from kvfactory.numba_levels import corrected  # late: nobody else waits for its import
+        from kvfactory.numba_levels import corrected, with_exact  # late: nobody else waits for its import
 
-        low_rank = self.rows, self.directions, self.blocks.counts
-        return corrected(levels, *low_rank, self.outliers.where, self.outliers.what)
+        low_rank = corrected(levels, self.rows, self.directions, self.blocks.counts)
+        return with_exact(low_rank, self.outliers)
 
     def keep(self, index: Tensor) -> GEARColumn:
         blocks, left = self.blocks.keep(index)

@@ -16,6 +16,7 @@ another quantiser.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,6 @@ from kvfactory.nonuniform import (
     uniform_levels,
 )
 from kvfactory.quantisation import Bits, stored_dtype
-from kvfactory.rotary import rotated
 from kvfactory.storage import Quantisation
 from kvfactory.stores import spread
 
@@ -76,7 +76,8 @@ class KVQuant(Quantisation):
     def buffer(self, layer: LayerContext, keys: Tensor, values: Tensor) -> Buffer:
         require(keys.shape[-1] % 8 == 0, f"kvquant takes a head_dim that is a multiple of 8, not {keys.shape[-1]}")
         table = read_calibration(self.calibration, self.outlier_ratio, self.nbits).of_layer(layer)
-        ranges = Fixed(spread(table.bounds, len(keys)).to(keys.device))
+        bounds = spread(table.bounds, len(keys)).to(keys.device)
+        ranges = Fixed(*(each[:, None].contiguous() for each in bounds.unbind(-1)))
         frequencies = layer.rotary_frequencies()
         key_levels, value_levels = (
             self.level_table(each).to(keys.device) for each in (table.key_levels, table.value_levels)
@@ -112,22 +113,19 @@ class EachToken(Encoder):
 class KeyEncoder(EachToken):
     """Keys without their rotation, in the model's ranges of channels."""
 
-    turns = True
-
     def __init__(self, kvquant: KVQuant, levels: Tensor, ranges: Fixed, frequencies: Tensor) -> None:
         super().__init__(kvquant, levels)
         self.ranges, self.frequencies = ranges, frequencies
 
-    def turned(self, x: Tensor, positions: Tensor, sign: int) -> Tensor:
-        return rotated(x, sign * positions, self.frequencies)
-
     def encode(self, x: Tensor, positions: Positions) -> Column:
-        lower, upper = self.ranges.of_entries()
+        lower, upper = self.ranges.ends()
         outlying = (x < lower) | (x > upper) if self.kvquant.outlier_ratio else torch.zeros_like(x, dtype=torch.bool)
         return self.column(x, outlying, positions(), self.ranges)
 
     def of_head(self, head: int) -> KeyEncoder:
-        return KeyEncoder(self.kvquant, self.levels, Fixed(self.ranges.bounds[head : head + 1]), self.frequencies)
+        own = copy(self)
+        own.ranges = self.ranges.heads(len(self.ranges.lower))[head]
+        return own
 
 
 class ValueEncoder(EachToken):
@@ -138,7 +136,8 @@ class ValueEncoder(EachToken):
         together = len(at) == 1 or bool((at == at[:1]).all())  # entries of all heads are the same tokens
         vectors = x.transpose(0, 1).flatten(1)[None] if together else x
         outlying = dynamic_outliers(vectors, self.kvquant.outlier_ratio)
-        ranges = PerToken(inner_range(vectors, outlying).to(stored_dtype(x, self.kvquant.scale_dtype)))
+        dtype = stored_dtype(x, self.kvquant.scale_dtype)
+        ranges = PerToken.of(*(each.to(dtype) for each in inner_range(vectors, outlying)))
         outlying = outlying[0].unflatten(1, (len(x), -1)).transpose(0, 1) if together else outlying
         return self.column(x, outlying, at, ranges)
 

@@ -84,11 +84,11 @@ def calibrate(layers: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) 
             inside = (keys >= bounds[..., 0]) & (keys <= bounds[..., 1])
             tokens = values.flatten(1)
             outlying = dynamic_outliers(tokens, share)
-            ranges = inner_range(tokens, outlying)
+            lower, upper = inner_range(tokens, outlying)
             found.setdefault(f"key_bounds/{share}", []).append(bounds)
             numbers = {
                 "key": some(normalised(keys, bounds[..., 0], bounds[..., 1])[inside]),
-                "value": some(normalised(tokens, ranges[:, :1], ranges[:, 1:])[~outlying]),
+                "value": some(normalised(tokens, lower, upper)[~outlying]),
             }
             for kind, each in numbers.items():
                 for bits in get_args(Bits):

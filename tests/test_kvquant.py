@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calibrations import tiny_calibration
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvfactory_plugins.kvquant import EMBEDDED, KVQuant, read_calibration
 from safetensors.torch import load_file
@@ -18,6 +18,7 @@ from test_golden_methods import Golden, rotate
 from torch import Tensor
 
 from kvfactory import Engine, UserError, load_method
+from kvfactory.buffers import Growing
 from kvfactory.method import Method
 from kvfactory.nonuniform import (
     Fixed,
@@ -28,8 +29,10 @@ from kvfactory.nonuniform import (
     inner_range,
     nearest,
     normal_levels,
+    quantiles,
     uniform_levels,
 )
+from kvfactory.packing import Sparse
 from kvfactory.rotary import rotated
 from kvfactory.testing import MethodContract, compress_layer, tiny_model, tiny_prompts
 
@@ -54,10 +57,12 @@ class TestTOVAInKVQuant(MethodContract):
 # ---- the authors' functions ----
 
 
-def per_channel(x: Tensor, outlying: Tensor, bounds: Tensor, levels: Tensor) -> Tensor:
-    """x [tokens, channels], each channel in its range of bounds [channels, 2]."""
+def per_channel(x: Tensor, outlying: Tensor, bounds: tuple[Tensor, Tensor], levels: Tensor) -> Tensor:
+    """x [tokens, channels], each channel in its range, [1, channels] both."""
     bits = (len(levels) - 1).bit_length()
-    return NonUniformColumn.of(x[None], outlying[None], Fixed(bounds[None]), levels, bits).decoded()[0]
+    return NonUniformColumn.of(
+        x[None], outlying[None], Fixed(*(each[None] for each in bounds)), levels, bits
+    ).decoded()[0]
 
 
 @pytest.mark.parametrize("case", ["dynamic_per_token", "dynamic_per_channel"])
@@ -72,7 +77,7 @@ def test_dynamic_ranges(shared: Path, case: str) -> None:
         stored = apart | (torch.arange(len(x)) < exact)[:, None]
         if dim == 0:
             return per_channel(x, stored, inner_range(x, apart, 0), levels)
-        ranges = PerToken(inner_range(x, apart)[None])
+        ranges = PerToken.of(*(each[None] for each in inner_range(x, apart)))
         return NonUniformColumn.of(x[None], stored[None], ranges, levels, (len(levels) - 1).bit_length()).decoded()[0]
 
     for bits in (2, 3, 4):
@@ -92,15 +97,15 @@ def test_dynamic_ranges(shared: Path, case: str) -> None:
 def test_calibrated_ranges_of_channels(shared: Path) -> None:
     golden = Golden(shared, "kvquant__static_key_calibrated")
     x, share = golden["in_x"], 1 - golden.params["sparsity_threshold"]
-    bounds = golden["in_calib"].quantile(torch.tensor([share / 2, 1 - share / 2]), dim=0).T
-    torch.testing.assert_close(
-        bounds, torch.stack([golden["out_lower"], golden["out_upper"]], -1), rtol=1e-4, atol=1e-5
-    )
-    outlying = (x < bounds[:, 0]) | (x > bounds[:, 1])
+    lower, upper = golden["in_calib"].quantile(torch.tensor([share / 2, 1 - share / 2]), dim=0)[:, None]
+    torch.testing.assert_close(lower[0], golden["out_lower"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(upper[0], golden["out_upper"], rtol=1e-4, atol=1e-5)
+    outlying = (x < lower) | (x > upper)
     assert torch.equal(outlying, golden["out_outlier_mask"])
     levels = golden["out_lut"].sort().values
-    torch.testing.assert_close(per_channel(x, outlying, bounds, levels), golden["out_nuq"], rtol=1e-3, atol=1e-4)
-    uniform = per_channel(x, outlying, bounds, uniform_levels(3))
+    ours = per_channel(x, outlying, (lower, upper), levels)
+    torch.testing.assert_close(ours, golden["out_nuq"], rtol=1e-3, atol=1e-4)
+    uniform = per_channel(x, outlying, (lower, upper), uniform_levels(3))
     torch.testing.assert_close(uniform, golden["out_int"], rtol=1e-3, atol=1e-4)
 
 
@@ -286,3 +291,91 @@ def test_a_model_of_another_shape_is_told() -> None:
     with pytest.raises(UserError, match="30 layers, 3 KV heads and head_dim 64, and this one has 3, 2 and 8; make one"):
         Engine(tiny_model()).prefill(ids[0], [load_method("kvquant")])
     assert KVQuant(calibration=TINY).nbits == 4
+
+
+# ---- compiled loops ----
+
+
+@settings(max_examples=20)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    tokens=st.integers(2, 90),
+    share=st.sampled_from([0.0, 0.02, 0.5]),
+    evict=st.sampled_from(["nothing", "the same", "others"]),
+    seed=st.integers(0, 99),
+)
+def test_a_query_sees_what_is_read(bits: int, tokens: int, share: float, evict: str, seed: int) -> None:
+    """Of whole caches and of what evictions left, with and without Numba, after steps that are encoded one by one."""
+    chosen = {"calibration": tiny_calibration(1, 2, 16), "nbits": bits, "outlier_ratio": share}
+    q, k, v = layer(tokens, seed=seed)
+    more = layer(3, seed=seed + 1)[1:]
+    generator = torch.Generator().manual_seed(seed)
+    left = int(torch.randint(1, tokens + 1, (1,), generator=generator))
+    rows = [torch.randperm(tokens, generator=generator)[:left].sort().values for _ in range(2)]
+    index = torch.stack([rows[0], rows[0] if evict == "the same" else rows[1]])
+    found = []
+    for numba in (True, False):
+        with pytest.MonkeyPatch.context() as patched:
+            if not numba:
+                patched.setattr("kvfactory.compiled.is_installed", lambda: False)
+            store = compress_layer(load_method("kvquant", **chosen), q, k, v)
+            if evict != "nothing":
+                store.keep(index)  # type: ignore[attr-defined]
+            for step in range(3):
+                store.append(*(side[:, step : step + 1] for side in more), tokens + step)
+                store.observe(None)
+            buffer = store._buffer  # type: ignore[attr-defined]
+            attended = buffer.attend(q.view(2, 2, tokens, 16)[:, :, -1], store._all_positions)  # type: ignore[attr-defined]
+            keys, values = torch.stack(store.keys()), torch.stack(store.values())
+            found.append((keys, values, attended, store.nbytes()))
+    for keys, values, attended, _ in found:
+        weights = (q.view(2, 2, tokens, 16)[:, :, -1] @ keys.transpose(1, 2) / 4).softmax(-1)
+        torch.testing.assert_close(attended, weights @ values, rtol=1e-4, atol=1e-5)
+    for with_numba, without in zip(*found, strict=True):
+        assert with_numba == without if isinstance(without, int) else torch.allclose(with_numba, without, atol=1e-5)
+    assert torch.equal(found[0][1], found[1][1]), "values are the same to the bit"
+
+
+@given(
+    shape=st.sampled_from([(1, 1), (3, 2), (2, 192), (4, 301)]),
+    shares=st.sampled_from([(0.005, 0.995), (0.5,), (0.0, 0.3, 1.0)]),
+    seed=st.integers(0, 99),
+)
+def test_quantiles_are_torchs(shape: tuple[int, int], shares: tuple[float, ...], seed: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for dim in (0, 1):
+        expected = x.quantile(torch.tensor(shares), dim=dim, keepdim=True)
+        assert torch.equal(torch.stack(quantiles(x, shares, dim)), expected)
+
+
+@given(heads=st.integers(1, 3), tokens=st.integers(1, 20), dim=st.sampled_from([1, 8, 20]), seed=st.integers(0, 99))
+def test_numbers_apart_stay_where_they_are(heads: int, tokens: int, dim: int, seed: int) -> None:
+    """Through joining, letting go and parting, with Numba and without."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(heads, tokens, dim, generator=generator)
+    chosen = torch.rand(x.shape, generator=generator) < 0.3
+    expected, cut = x * chosen, tokens // 2
+    index = torch.stack([torch.randperm(tokens, generator=generator)[: cut + 1].sort().values for _ in range(heads)])
+    for numba in (True, False):
+        with pytest.MonkeyPatch.context() as patched:
+            if not numba:
+                patched.setattr("kvfactory.packing.has_numba", lambda device: False)
+            parts = [Sparse.of(x[:, some], chosen[:, some]) for some in (slice(None, cut), slice(cut, None))]
+        joined = parts[0].joined(parts[1])
+        where = joined.where.read()[0]
+        assert torch.equal(where, where.unique()), "ascending"
+        assert torch.equal(joined.put_into(torch.zeros_like(x)), expected)
+        kept = joined.keep(index)
+        where = kept.where.read()[0]
+        assert torch.equal(where, where.unique())
+        rows = index[..., None].expand(-1, -1, dim)
+        assert torch.equal(kept.put_into(torch.zeros(heads, cut + 1, dim)), expected.gather(1, rows))
+        for head, own in enumerate(kept.heads()):
+            assert torch.equal(own.put_into(torch.zeros(1, cut + 1, dim))[0], expected[head][index[head]])
+
+
+def test_too_many_entries_for_places_of_four_bytes_are_told() -> None:
+    nothing = Growing(torch.empty(1, 0, dtype=torch.int32))
+    assert Sparse(nothing, nothing, (8, 2**21, 128)).nbytes() == 0
+    with pytest.raises(UserError, match="2097153 entries of 8 heads and head_dim 128 are too many"):
+        Sparse(nothing, nothing, (8, 2**21 + 1, 128))
