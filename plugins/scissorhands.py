@@ -41,15 +41,19 @@ class BelowAverage:
     def add(self, record: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         attention = attention[:, -self.window :]
         queries, tokens = attention.shape[1:]
+        slot = positions[0, -queries:] % self.window  # each query's own, for there are no more queries than slots
+        byte, bit = slot // 8, (1 << slot % 8).byte()
+        if queries == 1:  # the newest token, which sees all: at every step, so in few calls
+            below = attention[:, 0] < attention.mean(-1)
+            old = record.index_select(2, byte)
+            return record.index_copy(2, byte, old & ~bit | (below * bit)[..., None])
         entry = torch.arange(tokens, device=attention.device)
         seen = entry[-queries:, None] + 1
         average = attention.sum(-1, keepdim=True) / seen
-        below = ((attention < average) & (entry < seen)).byte()
-        slot = positions[0, -queries:] % self.window  # each query's own, for there are no more queries than slots
-        bit = torch.ones_like(slot, dtype=torch.uint8) << (slot % 8).byte()
-        old = torch.zeros_like(record[0, 0]).index_add(0, slot // 8, bit)
-        new = torch.zeros_like(record).index_add(2, slot // 8, (below * bit[:, None]).transpose(1, 2))
-        return record & ~old | new
+        below = (attention < average) & (entry < seen)
+        cleared = torch.zeros_like(record[0, 0]).index_add(0, byte, bit)
+        new = torch.zeros_like(record).index_add(2, byte, (below * bit[:, None]).transpose(1, 2))
+        return record & ~cleared | new
 
     def value(self, record: Tensor) -> Tensor:
         bits = torch.arange(8, dtype=torch.uint8, device=record.device)
