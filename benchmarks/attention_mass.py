@@ -26,7 +26,7 @@ from kvfactory import LayerContext
 from kvfactory.clock import now
 from kvfactory.compiled import has_numba
 from kvfactory.kernels import KERNELS
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 
 MIB = 2**20
 
@@ -94,7 +94,7 @@ def main(
     repeats: int,
     file: Path | None,
 ) -> None:
-    torch.set_num_threads(default_threads())
+    prepare_process()
     torch.manual_seed(0)
     ways: dict[str, Way] = {"attention": attention, "loop": loop}
     on_gpu = torch.device(device).type == "cuda"

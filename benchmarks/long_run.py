@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from kvfactory import Engine
 from kvfactory.benchmarks import Benchmark, Example
 from kvfactory.jobs import make_jobs
+from kvfactory.models import prepare_process
 from kvfactory.progress import RunProgress
 from kvfactory.registry import get_registry
 from kvfactory.results import Row, RunFolder
@@ -94,7 +94,7 @@ def measure(
     record_tokens: int, specs: Sequence[str], budget: int, examples: int, new_tokens: int, every: int
 ) -> list[Mark]:
     """Marks of one run, one each `every` examples; the first is where it starts."""
-    torch.set_num_threads(1)
+    prepare_process(threads=1)
     jobs = make_jobs(get_registry(), specs, [budget])
     benchmark = Numbers(examples, new_tokens)
     tokenizer: Any = Words()

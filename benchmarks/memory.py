@@ -23,6 +23,7 @@ from rounds import common_options, load, prompt_of, show, where
 
 from kvfactory import Engine
 from kvfactory.jobs import make_jobs
+from kvfactory.models import prepare_process
 from kvfactory.registry import get_registry
 
 METHODS = "fullkv,snapkv,pyramidkv,adakv,streamingllm,l2norm,h2o,expected_attention,semantic,learned,kivi,minference"
@@ -48,7 +49,7 @@ def long_model() -> Any:
 def peak_of(job: dict[str, Any]) -> dict[str, Any]:
     """Run one prefill in this process."""
     if job["long"]:
-        torch.set_num_threads(job["threads"] or 2)
+        prepare_process(job["threads"] or 2)
         model = long_model()
         ids = torch.randint(0, 512, (job["tokens"],), generator=torch.Generator().manual_seed(1)).tolist()
     else:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfactory import Engine, load_model
 from kvfactory.clock import now
 from kvfactory.inference import for_inference
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 
 COMMON = [
     click.option("--repeats", default=5, show_default=True, help="Rounds that count; one more before them does not."),
@@ -40,7 +40,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def load(model_path: str | None, dtype: str, threads: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, on as many threads."""
-    torch.set_num_threads(threads or default_threads())
+    prepare_process(threads)
     return load_model(model_path, dtype=dtype)
 
 

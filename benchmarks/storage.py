@@ -16,14 +16,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from kvfactory import Engine, load_model
 from kvfactory.inference import for_inference
 from kvfactory.jobs import make_jobs
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 from kvfactory.registry import get_registry
 from kvfactory.sweep import full_cache_bytes
 
@@ -96,7 +95,7 @@ def main(
     model_path: str | None,
     file: Path | None,
 ) -> None:
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(model_path, dtype=dtype)
     text = " ".join(topics[name] for name in sorted(topics))
     ids = tokenizer.encode(text, truncation=True, max_length=tokens)

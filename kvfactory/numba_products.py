@@ -112,16 +112,36 @@ def add_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -
     of their dimensions.
     """
     count = left.shape[-1]
-    first, other = row * count, column * count
+    add_products(tile, at, left, row * count, count, 1, right, column * count, 1, count)
+
+
+@compiled
+def add_products(
+    tile: Any,
+    at: Any,
+    left: Any,
+    first: Any,
+    rows_apart: Any,
+    left_apart: Any,
+    right: Any,
+    other: Any,
+    right_apart: Any,
+    count: Any,
+) -> None:
+    """As `add_tile`, of matrices that lie anyhow: rows, and `count` numbers of each, are so far apart in `left`.
+
+    `right` is counted in runs of COLUMNS numbers.
+    """
     a, b, c = vector(tile, at, WIDE), vector(tile, at + 1, WIDE), vector(tile, at + 2, WIDE)
     d, e, f = vector(tile, at + 3, WIDE), vector(tile, at + 4, WIDE), vector(tile, at + 5, WIDE)
     for each in range(count):
-        a = add_product(a, left, first + each, right, other + each)
-        b = add_product(b, left, first + count + each, right, other + each)
-        c = add_product(c, left, first + 2 * count + each, right, other + each)
-        d = add_product(d, left, first + 3 * count + each, right, other + each)
-        e = add_product(e, left, first + 4 * count + each, right, other + each)
-        f = add_product(f, left, first + 5 * count + each, right, other + each)
+        one, many = first + each * left_apart, other + each * right_apart
+        a = add_product(a, left, one, right, many)
+        b = add_product(b, left, one + rows_apart, right, many)
+        c = add_product(c, left, one + 2 * rows_apart, right, many)
+        d = add_product(d, left, one + 3 * rows_apart, right, many)
+        e = add_product(e, left, one + 4 * rows_apart, right, many)
+        f = add_product(f, left, one + 5 * rows_apart, right, many)
     put(tile, at, a)
     put(tile, at + 1, b)
     put(tile, at + 2, c)

@@ -38,6 +38,19 @@ def numbers(x: Tensor) -> Any:
     return x.contiguous().view(KINDS[x.dtype]).numpy()
 
 
+def entries_of(x: Tensor) -> tuple[Any, int, int]:
+    """Numbers of x [heads, tokens, head_dim] from the first on, where they lie if they lie in entries.
+
+    Then how many entries further the next head's is, and the next token's.
+    """
+    heads, tokens, dim = x.shape
+    if x.stride(2) != 1 or x.stride(0) % dim or x.stride(1) % dim:
+        x = x.contiguous()
+    apart = x.stride(0) // dim, x.stride(1) // dim
+    last = (heads - 1) * apart[0] + (tokens - 1) * apart[1]
+    return numbers(x.as_strided(((last + 1) * dim,), (1,))), *apart
+
+
 NUMBERS = {dtype: numbers(torch.empty(0, dtype=dtype)) for dtype in KINDS}
 """None at all, for loops that take entries by their addresses and are to know of what kind they are."""
 

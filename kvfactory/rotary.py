@@ -17,15 +17,16 @@ def rotated(x: Tensor, shift: Tensor, inverse_frequencies: Tensor) -> Tensor:
     `inverse_frequencies` [head_dim / 2] are the angles of one position.
     """
     angle = shift.float()[..., None] * inverse_frequencies.float()
-    cos, sin = angle.cos(), angle.sin()
-    left, right = x.float().chunk(2, -1)
-    turned = torch.empty(x.shape, device=x.device)
-    turned_left, turned_right = turned.chunk(2, -1)
-    torch.mul(left, cos, out=turned_left).addcmul_(
-        right, sin, value=-1
-    )  # in place: new memory takes longer than numbers
-    torch.mul(right, cos, out=turned_right).addcmul_(left, sin)
-    return turned.to(x.dtype)
+    return turn(x.float(), angle.cos(), angle.sin()).to(x.dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., head_dim] with its two halves, as pairs, turned by angles of this cosine and sine [..., head_dim / 2]."""
+    (left, right), turned = x.chunk(2, -1), torch.empty_like(x)
+    new_left, new_right = turned.chunk(2, -1)  # in place: new memory takes longer than numbers
+    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=new_right).addcmul_(left, sin)
+    return turned
 
 
 def angles(inverse_frequencies: Tensor, end: int) -> tuple[Tensor, Tensor]:
@@ -33,10 +34,11 @@ def angles(inverse_frequencies: Tensor, end: int) -> tuple[Tensor, Tensor]:
 
     They are looked up for all layers once; what they take is the model's and no sequence's.
     """
-    return _angles(tuple(inverse_frequencies.tolist()), 1 << max(end - 1, FEWEST - 1).bit_length())
+    frequencies, device = tuple(inverse_frequencies.tolist()), inverse_frequencies.device
+    return _angles(frequencies, 1 << max(end - 1, FEWEST - 1).bit_length(), device)
 
 
 @cache
-def _angles(inverse_frequencies: tuple[float, ...], end: int) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(end).float()[:, None] * torch.tensor(inverse_frequencies)
+def _angles(inverse_frequencies: tuple[float, ...], end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(end, device=device).float()[:, None] * torch.tensor(inverse_frequencies, device=device)
     return angle.cos(), angle.sin()

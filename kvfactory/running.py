@@ -39,7 +39,7 @@ def run_sweep(name: str, runner: Runner, flags: dict[str, Any], settings: dict[s
     if flags["prefill_chunk"]:
         for job in jobs:
             take_in_chunks(job.method)
-    torch.set_num_threads(models.default_threads())
+    models.prepare_process()
     _seed(flags["seed"])
     model, tokenizer = models.load_model(
         flags["model_path"], flags["attn_implementation"], flags["dtype"], flags["device"]

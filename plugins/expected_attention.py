@@ -21,6 +21,8 @@ from torch.nn.functional import pad
 
 from kvfactory import AttentionScoredMethod, LayerContext, at_least, hookimpl, require
 from kvfactory.hookspecs import RegisterMethod
+from kvfactory.moments import quadratic, turned_moments
+from kvfactory.rotary import angles, turn
 from kvfactory.stores import spread
 
 QUERY_WINDOW = 32
@@ -70,17 +72,14 @@ class ExpectedAttention(AttentionScoredMethod):
 
     def score(self, layer: LayerContext) -> Tensor:
         mean, covariance = self.future_queries(layer)
-        logits = []
-        heads = zip(
-            layer.keys[:, self.sink_size :], mean.chunk(layer.kv_heads), covariance.chunk(layer.kv_heads), strict=True
-        )
-        for own, means, scatters in heads:  # one by one, to stay in the processor's cache
-            keys = own.float()
-            logits.append(means @ keys.T / math.sqrt(keys.shape[-1]))
-            if self.use_covariance:
-                for row, scatter in zip(logits[-1], scatters, strict=True):
-                    row += torch.linalg.vecdot(keys @ scatter, keys) / (2 * keys.shape[-1])
-        scores = self.per_stored_head(layer, torch.cat(logits).softmax(-1))
+        keys = layer.keys[:, self.sink_size :]
+        dim = keys.shape[-1]
+        mean = mean / math.sqrt(dim)
+        if self.use_covariance:
+            logits = quadratic(keys, covariance / (2 * dim), mean)
+        else:
+            logits = (mean.unflatten(0, (len(keys), -1)) @ keys.float().transpose(1, 2)).flatten(0, 1)
+        scores = self.per_stored_head(layer, logits.softmax(-1))
         if self.use_vnorm:
             norms = layer.values[:, self.sink_size :].float().norm(dim=-1)
             scores = (scores + self.epsilon) * spread(norms, len(scores))
@@ -91,31 +90,12 @@ class ExpectedAttention(AttentionScoredMethod):
         frequencies = layer.rotary_frequencies().float()
         end = int(layer.positions[0, -1]) + 1
         count = min(layer.queries.shape[1], max(end - self.sink_size, 0))  # those of no sink
-        queries = layer.queries[:, layer.queries.shape[1] - count :]
-        angles = torch.arange(end - count, end, device=queries.device)[:, None] * frequencies
-        cos, sin = angles.cos(), -angles.sin()
-        mean, covariance = map(
-            torch.stack, zip(*(moments(turn(one.float(), cos, sin)) for one in queries), strict=True)
-        )
-        angles = torch.arange(end, end + self.n_future_positions, device=queries.device)[:, None] * frequencies
-        cos, sin = angles.cos().mean(0), angles.sin().mean(0)
+        cos, sin = (each[end - count : end] for each in angles(frequencies, end))
+        mean, covariance = turned_moments(layer.queries[:, layer.queries.shape[1] - count :], cos, -sin)
+        angle = torch.arange(end, end + self.n_future_positions, device=mean.device)[:, None] * frequencies
+        cos, sin = angle.cos().mean(0), angle.sin().mean(0)
         rows = turn(covariance, cos, sin)
         return turn(mean, cos, sin), turn(rows.transpose(1, 2), cos, sin)
-
-
-def moments(queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [head_dim] and covariance [head_dim, head_dim] of queries [tokens, head_dim]."""
-    mean = queries.mean(0)
-    return mean, torch.addmm(mean.outer(mean), queries.T, queries, beta=-1, alpha=1 / len(queries))
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., head_dim] with its two halves, as pairs, turned by angles of this cosine and sine [..., head_dim / 2]."""
-    (left, right), turned = x.chunk(2, -1), torch.empty_like(x)
-    new_left, new_right = turned.chunk(2, -1)
-    torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=new_right).addcmul_(left, sin)
-    return turned
 
 
 @hookimpl

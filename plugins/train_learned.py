@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
@@ -31,7 +30,7 @@ from kvfactory import Engine, LayerContext, hookimpl, load_model, require
 from kvfactory.errors import UserError, unknown
 from kvfactory.flag_types import CommaList, OutputFile, PositiveInt
 from kvfactory.hookspecs import RegisterCommand
-from kvfactory.models import EMBEDDED, default_threads
+from kvfactory.models import EMBEDDED, prepare_process
 
 from ._training import Score, Task, Training, collect, judge, train
 from .learned import FEATURES, FORMAT, Layout, Scorer
@@ -154,7 +153,7 @@ def train_learned(
     other = None if held_out is None else read_text(held_out)
     task = Task(features=tuple(flags.pop("features")), **{each: flags.pop(each) for each in TASK})
     how = Training(hidden=tuple(flags.pop("hidden")), seed=seed, **flags)
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(model_path, dtype=dtype, device=device)
     length = task.context_length + task.horizon
     pieces = [piece for text in read_texts for piece in documents_of(text, tokenizer, length)]

@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any, NoReturn
 
 import click
-import torch
 
 from kvfactory import Engine, UserError, load_model
 from kvfactory.benchmarks.latency import Run, measure
@@ -26,7 +25,7 @@ from kvfactory.errors import require
 from kvfactory.flag_types import BudgetType, OutputFile, PositiveInt
 from kvfactory.inference import for_inference
 from kvfactory.jobs import Job, make_jobs
-from kvfactory.models import EMBEDDED, default_threads
+from kvfactory.models import EMBEDDED, prepare_process
 from kvfactory.registry import Registry
 
 PROMPT = "The river rises in the hills, passes three mills and a town, and is widest where it meets the sea. "
@@ -82,7 +81,7 @@ def command(registry: Registry) -> click.Command:
 def benchmark(job: Job, flags: dict[str, Any]) -> dict[str, Any]:
     """What is written."""
     text = prompt_text(flags["prompt"], flags["prompt_file"]) * flags["prompt_repeats"]
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(flags["model_path"], flags["attn_implementation"], flags["dtype"], flags["device"])
     ids, new_tokens = tokenizer.encode(text, verbose=False), flags["max_new_tokens"]
     require(bool(ids), "the prompt is empty; give --prompt or --prompt_file some text")

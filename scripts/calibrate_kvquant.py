@@ -26,7 +26,7 @@ from kvfactory import DenseStore, Engine, LayerContext, Method, Store, load_mode
 from kvfactory.benchmarks.haystack import TokenizedHaystack, load_haystack
 from kvfactory.cli import run_command
 from kvfactory.flag_types import CommaList, OutputFile, PositiveInt
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 from kvfactory.nonuniform import cluster_levels, dynamic_outliers, inner_range, normalised
 from kvfactory.quantisation import Bits
 from kvfactory.rotary import rotated
@@ -125,7 +125,7 @@ def write_calibration(
     outlier_ratios: list[float],
     haystack: str | None,
 ) -> None:
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(model_path)
     text = load_haystack(haystack)
     read = TokenizedHaystack(text, tokenizer)

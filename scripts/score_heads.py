@@ -33,7 +33,7 @@ from kvfactory.benchmarks.needle_styles import Secret
 from kvfactory.chat import chat_ids, has_chat_template, stop_ids
 from kvfactory.cli import run_command
 from kvfactory.flag_types import OutputFile, PositiveInt
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 
 
 class WatchedStore(DenseStore):
@@ -132,7 +132,7 @@ def measure(
     haystack: str | None,
     seed: int,
 ) -> None:
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(model_path)
     benchmark = Needle(
         tokenizer,

@@ -31,7 +31,7 @@ from kvfactory import DenseStore, Engine, LayerContext, Method, Store, load_mode
 from kvfactory.benchmarks.haystack import TokenizedHaystack, load_haystack
 from kvfactory.cli import run_command
 from kvfactory.flag_types import OutputFile, PositiveInt
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 from kvfactory.sparse import Choice, gathered
 
 
@@ -113,7 +113,7 @@ def write_patterns(
     least = max(LEAST_COLUMNS + FORCED_SLASHES, block_size)
     require(keys >= least, f"--keys is {keys}; the patterns tried see {least} keys or more")
     require(keys < context_length, f"--keys is {keys}; it is less than --context_length, {context_length}")
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(model_path)
     ids = TokenizedHaystack(load_haystack(haystack), tokenizer).window(0, context_length)
     with Console(stderr=True).status("searching"):

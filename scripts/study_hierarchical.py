@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 
 import click
 import pandas as pd
-import torch
 from rich.progress import track
 
 from kvfactory import Engine, UserError, load_model
@@ -33,7 +32,7 @@ from kvfactory.cli import run_command
 from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.flag_types import OutputFile
 from kvfactory.jobs import Job, make_jobs
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 from kvfactory.registry import get_registry
 from kvfactory.report.methods import markdown
 
@@ -182,7 +181,7 @@ def tables(found: pd.DataFrame, names: Sequence[str]) -> str:
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--output", type=OutputFile(".md"), help="Where the tables go.  [default: into the study's page]")
 def study(model_path: str | None, passages: Path, new_tokens: int, dtype: str, output: Path | None) -> None:
-    torch.set_num_threads(default_threads())
+    prepare_process()
     texts = read_passages(passages)
     jobs = dict(zip(CONFIGURATIONS, make_jobs(get_registry(), list(CONFIGURATIONS.values()), [1]), strict=True))
     found = run(Engine(*load_model(model_path, dtype=dtype)), jobs, texts, new_tokens)

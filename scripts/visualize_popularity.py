@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import click
 import numpy as np
-import torch
 from kvfactory_plugins.hierarchical import HITS, TIERS, Hierarchical, popularity_stores
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -29,7 +28,7 @@ from kvfactory.chat import chat_ids, stop_ids
 from kvfactory.cli import run_command
 from kvfactory.engine import Sequence as DecodedSequence
 from kvfactory.jobs import make_jobs
-from kvfactory.models import default_threads
+from kvfactory.models import prepare_process
 from kvfactory.registry import get_registry
 from kvfactory.report.figures import COLOUR_MAP, PALETTE, free_name, new_figure, plain, save_figure, styles
 
@@ -172,7 +171,7 @@ def draw_sizes(axes: Any, found: Sequence[Popularity]) -> None:
 def visualize(
     model_path: str | None, method: str, prompts: Path | None, new_tokens: int, dtype: str, output: Path
 ) -> None:
-    torch.set_num_threads(default_threads())
+    prepare_process()
     texts = read_prompts(prompts)
     chosen: Method = make_jobs(get_registry(), [method], [512])[0].method
     require(isinstance(chosen, Hierarchical), f"--method {method}: it has no tiers; give hierarchical and its settings")

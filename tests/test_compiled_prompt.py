@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kvfactory import LayerContext
 from kvfactory.kernels import sdpa_prefill
+from kvfactory.moments import quadratic, turned_moments
+from kvfactory.rotary import angles, turn
 from kvfactory.sparse import Blocks, Lines, compiled_attention
 
 if importlib.util.find_spec("numba") is None:
@@ -101,3 +103,28 @@ def check_mass(dtype: torch.dtype) -> None:
     assert log_sums is not None
     mass = LayerContext(0, 1, queries[0], keys[0], keys[0], log_sums=log_sums[0]).attention_mass()
     torch.testing.assert_close(mass.double(), plain_mass(queries[0], keys[0]), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_moments_are_those_of_torch(data: st.DataObject) -> None:
+    """Of queries and keys that lie by heads or by tokens, fewer than are worked on together or more."""
+    tokens, dim = data.draw(st.sampled_from([1, 5, 70, 600])), data.draw(st.sampled_from([64, 128]))
+    dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 99))
+    queries, keys = random(6, tokens, dim, dtype=dtype, seed=seed), random(2, tokens, dim, dtype=dtype, seed=seed + 1)
+    if data.draw(st.booleans()):
+        queries, keys = (each.transpose(0, 1).contiguous().transpose(0, 1) for each in (queries, keys))
+    first = data.draw(st.integers(0, tokens - 1))
+    queries, keys = queries[:, first:], keys[:, first:]
+    cos, sin = (each[first:tokens] for each in angles(10000.0 ** -(torch.arange(0, dim, 2) / dim), tokens))
+    matrices = random(6, dim, dim, dtype=torch.float32, seed=seed + 2)
+    matrices, vectors = matrices @ matrices.transpose(1, 2), random(6, dim, dtype=torch.float32, seed=seed + 3)
+    mean, covariance = turned_moments(queries, cos, sin)
+    x = turn(queries.double(), cos.double(), sin.double())
+    spread = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(mean.double(), x.mean(1), rtol=1e-4, atol=1e-5)
+    expected = spread.transpose(1, 2) @ spread / x.shape[1]
+    torch.testing.assert_close(covariance.double(), expected, rtol=1e-4, atol=1e-4)
+    repeated = keys.repeat_interleave(3, 0).double()
+    products = (repeated * (repeated @ matrices.double() + vectors.double()[:, None])).sum(-1)
+    torch.testing.assert_close(quadratic(keys, matrices, vectors).double(), products, rtol=1e-4, atol=1e-3)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -172,6 +175,29 @@ def test_threads_are_the_cores_this_process_may_use(monkeypatch):
         assert default_threads() == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert default_threads() == 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other settings")
+def test_memory_that_is_freed_is_used_again() -> None:
+    program = """
+import resource, sys, torch
+from kvfactory.models import prepare_process
+if sys.argv[1:]:
+    prepare_process(threads=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
+    several = [torch.ones(2**20) for _ in range(3)]
+    del several
+print(torch.get_num_threads(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def faults(*arguments: str) -> tuple[str, int]:
+        run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+        threads, count = run.stdout.split()
+        return threads, int(count)
+
+    threads, kept = faults("prepared")
+    assert threads == "1" and kept < faults()[1] / 4
 
 
 @pytest.mark.parametrize(

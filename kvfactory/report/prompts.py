@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from kvfactory.chat import chat_ids, check_window
 from kvfactory.cli import sweep_options
 from kvfactory.engine import Engine
 from kvfactory.errors import UserError, require
 from kvfactory.inference import for_inference
-from kvfactory.models import default_threads, load_model
+from kvfactory.models import load_model, prepare_process
 from kvfactory.runner import CHAT_TEMPLATE, chat_template
 
 SHARED = ("model_path", "dtype", "device", "plugin")
@@ -54,7 +53,7 @@ def read_prompt(flags: Mapping[str, Any], default: str) -> str:
 
 def load_engine(flags: Mapping[str, Any]) -> Engine:
     """The model that the flags name."""
-    torch.set_num_threads(default_threads())
+    prepare_process()
     model, tokenizer = load_model(flags["model_path"], dtype=flags["dtype"], device=flags["device"])
     return Engine(for_inference(model), tokenizer)
 
