@@ -15,8 +15,8 @@ from numba import carray, prange, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .numba_loops import add_weighted, compiled, exponential, in_threads, product, run, softmax_sums
-from .numba_vectors import NUMBERS
+from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
+from .numba_vectors import NUMBERS, put, repeated, size, total, vector
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
@@ -37,7 +37,16 @@ def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     keys, values = side_by_side(keys), side_by_side(values)
     exact = (query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim)).numpy()
     weights = np.empty((*exact.shape[:2], length), np.float32)
-    run(_weigh, _weigh_in_threads, exact, starts_of(keys), starts_of(values), NUMBERS[keys.dtype], weights)
+    run(
+        _weigh,
+        _weigh_in_threads,
+        size(exact.shape[2]),
+        exact,
+        starts_of(keys),
+        starts_of(values),
+        NUMBERS[keys.dtype],
+        weights,
+    )
     return torch.from_numpy(exact).to(query.dtype).view_as(query), torch.from_numpy(weights).view(
         rows, heads, -1, length
     )
@@ -69,7 +78,7 @@ def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dt
     parts = -(-int(lengths.max()) // AT_ONCE)
     highest = np.empty((len(exact), parts, exact.shape[1]), np.float32)
     sums, mixed = np.empty_like(highest), np.empty((*highest.shape, exact.shape[2]), np.float32)
-    arguments = exact, keys, values, lengths, NUMBERS[dtype], highest, sums, mixed
+    arguments = size(exact.shape[2]), exact, keys, values, lengths, NUMBERS[dtype], highest, sums, mixed
     run(_attend_to_parts, _attend_in_threads, *arguments)
     join_parts(highest, sums, mixed, exact)
     return torch.from_numpy(exact).to(query.dtype)
@@ -105,6 +114,7 @@ def entries_at(address: Any, length: Any, dim: Any, number: Any) -> Any:
 def _attend_to_parts(
     thread: Any,
     threads: Any,
+    channels: Any,
     query: Any,
     keys: Any,
     values: Any,
@@ -124,21 +134,24 @@ def _attend_to_parts(
         if start >= stop:
             highest[head, part] = -np.inf
             continue
-        of_keys = entries_at(keys[head], lengths[head], dim, number)[start:stop]
-        of_values = entries_at(values[head], lengths[head], dim, number)[start:stop]
-        for at in range(len(of_keys)):
+        of_keys = entries_at(keys[head], lengths[head], dim, number)
+        of_values = entries_at(values[head], lengths[head], dim, number)
+        for at in range(start, stop):
+            key = vector(of_keys, at, channels)
             for each in range(queries):
-                logits[each, at] = product(query[head, each], of_keys[at])
-        mixed[head, part] = 0
+                logits[each, at - start] = total(key * vector(query, head * queries + each, channels))
         for each in range(queries):
-            weights = logits[each][: len(of_keys)]
-            highest[head, part, each], sums[head, part, each] = softmax_sums(weights)
-            add_weighted(mixed[head, part, each], weights, of_values)
+            highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: stop - start])
+            mixture = repeated(np.float32(0), channels)
+            for at in range(start, stop):
+                mixture = mixture + repeated(logits[each, at - start], channels) * vector(of_values, at, channels)
+            put(mixed, (head * parts + part) * queries + each, mixture)
 
 
 @in_threads
 def _attend_in_threads(
     threads: Any,
+    channels: Any,
     query: Any,
     keys: Any,
     values: Any,
@@ -149,7 +162,7 @@ def _attend_in_threads(
     mixed: Any,
 ) -> None:
     for thread in prange(threads):
-        _attend_to_parts(thread, threads, query, keys, values, lengths, number, highest, sums, mixed)
+        _attend_to_parts(thread, threads, channels, query, keys, values, lengths, number, highest, sums, mixed)
 
 
 @compiled
@@ -174,7 +187,9 @@ def join_parts(highest: Any, sums: Any, mixed: Any, output: Any) -> None:
 
 
 @compiled
-def _weigh(thread: Any, threads: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any) -> None:
+def _weigh(
+    thread: Any, threads: Any, channels: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any
+) -> None:
     """Every `threads`-th head: its weights [queries, entries], and its attention in place of its query."""
     heads, queries, length = weights.shape
     dim = query.shape[2]
@@ -182,17 +197,20 @@ def _weigh(thread: Any, threads: Any, query: Any, keys: Any, values: Any, number
         of_keys = entries_at(keys[head], length, dim, number)
         of_values = entries_at(values[head], length, dim, number)
         for each in range(queries):
-            row, own = weights[head, each], query[head, each]
+            row, own = weights[head, each], vector(query, head * queries + each, channels)
             for at in range(length):
-                row[at] = product(own, of_keys[at])
-            _, total = softmax_sums(row)
+                row[at] = total(own * vector(of_keys, at, channels))
+            _, whole = softmax_sums(row)
+            mixture = repeated(np.float32(0), channels)
             for at in range(length):
-                row[at] /= total
-            own[:] = 0
-            add_weighted(own, row, of_values)
+                row[at] /= whole
+                mixture = mixture + repeated(row[at], channels) * vector(of_values, at, channels)
+            put(query, head * queries + each, mixture)
 
 
 @in_threads
-def _weigh_in_threads(threads: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any) -> None:
+def _weigh_in_threads(
+    threads: Any, channels: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any
+) -> None:
     for thread in prange(threads):
-        _weigh(thread, threads, query, keys, values, number, weights)
+        _weigh(thread, threads, channels, query, keys, values, number, weights)

@@ -9,9 +9,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, types
+from numba import njit
 from numba.core.registry import cpu_target
-from numba.extending import overload
 
 from .folders import cache_folder, can_be_written
 
@@ -45,17 +44,6 @@ def run(work: Any, work_in_threads: Any, *arguments: Any) -> None:
     else:
         numba.set_num_threads(threads)
         work_in_threads(threads, *arguments)
-
-
-def widened(number: Any) -> Any:
-    """A number as float32: float32 itself, or bfloat16, which NumPy sees as uint16: the upper half of a float32."""
-
-
-@overload(widened, strict=False, inline="always")  # strict, it wants annotations in the lambdas too
-def _typed_widened(number: Any) -> Any:
-    if number == types.uint16:
-        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
-    return lambda number: np.float32(number)
 
 
 @compiled
@@ -93,35 +81,3 @@ def softmax_sums(logits: Any) -> tuple[Any, Any]:
         logits[at] = exponential(logits[at] - highest)
         total += logits[at]
     return highest, total
-
-
-@compiled
-def product(a: Any, b: Any) -> Any:
-    """Of a [count], float32, and b [count]."""
-    total = np.float32(0)
-    for at in range(len(a)):
-        total += a[at] * widened(b[at])
-    return total
-
-
-@compiled
-def add_weighted(mixture: Any, weights: Any, entries: Any) -> None:
-    """Add entries [entries, head_dim] times weights [entries] to a mixture [head_dim], written once in eight entries."""
-    count, dim = entries.shape
-    eights = count - count % 8
-    for at in range(0, eights, 8):
-        w0, w1, w2, w3, w4, w5, w6, w7 = weights[at : at + 8]
-        for channel in range(dim):
-            mixture[channel] += (
-                w0 * widened(entries[at, channel])
-                + w1 * widened(entries[at + 1, channel])
-                + w2 * widened(entries[at + 2, channel])
-                + w3 * widened(entries[at + 3, channel])
-                + w4 * widened(entries[at + 4, channel])
-                + w5 * widened(entries[at + 5, channel])
-                + w6 * widened(entries[at + 6, channel])
-                + w7 * widened(entries[at + 7, channel])
-            )
-    for at in range(eights, count):
-        for channel in range(dim):
-            mixture[channel] += weights[at] * widened(entries[at, channel])
