@@ -1,7 +1,7 @@
 """Products of matrices on a CPU whose results are used where they are made, in the registers and the nearest cache.
 
-A tile is `ROWS` rows of one matrix times `COLUMNS` columns of another: as many sums as the registers hold. Numbers in bfloat16
-are multiplied two at a time where the processor can, exactly, and summed in float32.
+A tile is `ROWS` rows of one matrix times `COLUMNS` columns of another: as many sums as the registers hold. Numbers in
+bfloat16 are multiplied two at a time where the processor can, exactly, and summed in float32.
 """
 
 from __future__ import annotations
