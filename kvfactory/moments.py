@@ -42,10 +42,13 @@ def quadratic(keys: Tensor, matrices: Tensor, vectors: Tensor) -> Tensor:
         from . import numba_moments  # late, too
 
         return numba_moments.quadratic(keys, matrices, vectors)
-    rows, group = [], len(matrices) // len(keys)
-    for head, (matrix, one) in enumerate(zip(matrices, vectors, strict=True)):
-        exact = keys[head // group].float()
-        rows.append(torch.linalg.vecdot(torch.addmm(one, exact, matrix), exact))
+    rows = []
+    for own, *of_queries in zip(keys, matrices.chunk(len(keys)), vectors.chunk(len(keys)), strict=True):
+        exact = own.float()
+        rows += [
+            torch.linalg.vecdot(torch.addmm(vector, exact, matrix), exact)
+            for matrix, vector in zip(*of_queries, strict=True)
+        ]
     return torch.stack(rows)
 
 

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
-from .numba_vectors import NUMBERS, put, repeated, size, total, vector
+from .numba_vectors import NUMBERS, numbers, put, repeated, size, total, vector
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
@@ -35,18 +35,10 @@ def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor
     """As `Kernel.watched`, under the same conditions."""
     rows, heads, length, dim = keys.shape
     keys, values = side_by_side(keys), side_by_side(values)
-    exact = (query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim)).numpy()
+    exact = numbers(query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim))
     weights = np.empty((*exact.shape[:2], length), np.float32)
-    run(
-        _weigh,
-        _weigh_in_threads,
-        size(exact.shape[2]),
-        exact,
-        starts_of(keys),
-        starts_of(values),
-        NUMBERS[keys.dtype],
-        weights,
-    )
+    arguments = size(dim), exact, starts_of(keys), starts_of(values), NUMBERS[keys.dtype], weights
+    run(_weigh, _weigh_in_threads, *arguments)
     return torch.from_numpy(exact).to(query.dtype).view_as(query), torch.from_numpy(weights).view(
         rows, heads, -1, length
     )
@@ -74,7 +66,7 @@ def starts_of(x: Tensor) -> Any:
 
 def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dtype) -> Tensor:
     """Attention of query [heads, queries, head_dim] over entries at addresses [heads], each head's side by side."""
-    exact = (query.float() / math.sqrt(query.shape[-1])).numpy()
+    exact = numbers(query.float() / math.sqrt(query.shape[-1]))
     parts = -(-int(lengths.max()) // AT_ONCE)
     highest = np.empty((len(exact), parts, exact.shape[1]), np.float32)
     sums, mixed = np.empty_like(highest), np.empty((*highest.shape, exact.shape[2]), np.float32)

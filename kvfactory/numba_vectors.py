@@ -216,7 +216,7 @@ def place_of(context: Any, builder: Any, kinds: Any, arguments: Any, kind: Any) 
 
 
 def load(context: Any, builder: Any, kinds: Any, arguments: Any, count: int) -> Any:
-    """An array's entry of `count` numbers as they are; arguments as those of `_place`."""
+    """An array's entry of `count` numbers as they are; arguments as those of `place_of`."""
     kind = kinds[0].dtype
     held = ir.VectorType(context.get_data_type(kind), count)
     return builder.load(place_of(context, builder, kinds, arguments, held), align=kind.bitwidth // 8)

@@ -91,6 +91,19 @@ def test_entries_are_read_where_they_lie(dtype: torch.dtype) -> None:
         torch.testing.assert_close(output.double(), expected, **tolerance(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_are_read_in_their_own_order(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(1, 3, 30, 16, generator=generator).to(dtype) for _ in range(2))
+    query = torch.randn(1, 2, 3, 16, generator=generator).to(dtype).transpose(1, 2)
+    for each in (query, query.contiguous()):
+        output, _ = numba_kernels.watched(each, keys, values)
+        assert torch.equal(output, numba_kernels.watched(query.contiguous(), keys, values)[0])
+        expected = torch.stack([plain(query[0, head], keys[0, head], values[0, head]) for head in range(3)])[None]
+        newest = numba_kernels.newest(each, keys, values, None)
+        torch.testing.assert_close(newest.double(), expected, **tolerance(dtype))
+
+
 def test_what_is_no_number_is_not_hidden() -> None:
     keys = torch.ones(1, 1, 30, 8)
     keys[0, 0, 3, 2] = torch.nan
