@@ -80,10 +80,22 @@ class Stackable(ABC):
     """Which row of the stack this is."""
     calls: int = 1
     """How many kernel calls these entries take by themselves."""
+    watched: bool = False
+    """Whether somebody asks for the weights of its attention."""
 
     @abstractmethod
     def head_lengths(self) -> list[int]:
         """Entries of each head."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """The most of them."""
+
+    @property
+    def reach(self) -> int:
+        """Entries of a head that a new tensor is to have room for."""
+        return self.longest + 1 + room_for(self.longest + 1)
 
     @abstractmethod
     def segments(self, side: Tensor) -> list[Tensor]:
@@ -126,6 +138,14 @@ class PlainBuffer(Stackable, Buffer):
     def head_lengths(self) -> list[int]:
         return [self.length] * len(self.keys)
 
+    @property
+    def longest(self) -> int:
+        return self.length
+
+    @property
+    def reach(self) -> int:
+        return super().reach if self.limit is None else max(self.length + 1, self.limit)
+
     def segments(self, side: Tensor) -> list[Tensor]:
         return list(side[:, : self.length].unbind(0))
 
@@ -167,6 +187,14 @@ class PlainBuffer(Stackable, Buffer):
         else:  # the room is what it should be
             self.keys[:, : self.length] = keys
             self.values[:, : self.length] = values
+            if self.stack is not None:
+                self.stack.cut(self.slot, self.length)
+
+    def fork(self) -> Self:
+        twin = super().fork()
+        if self.stack is not None and self.limit is not None:  # one that evicts in place leaves the twin its own
+            twin.keys, twin.values = (each[:, : self.length].clone() for each in (self.keys, self.values))
+        return twin
 
     def nbytes(self) -> int:
         return _nbytes(self, len(self.keys) * self.capacity)
@@ -186,6 +214,10 @@ class SegmentBuffer(Stackable):
 
     def head_lengths(self) -> list[int]:
         return self.lengths
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     def segments(self, side: Tensor) -> list[Tensor]:
         return [side.narrow(0, start, length) for start, length in zip(self.starts, self.lengths, strict=True)]

@@ -150,27 +150,32 @@ class CompressedCache(Cache):
                     cache.compress(context)
             return output
         output = torch.empty_like(layer.query)
-        held = self._stackable(layer)
+        stores = [cache.stores[layer.index] for (cache,) in self.rows]
+        held = self._stackable(layer, stores)
         together = stacked(held, self.kernel)
         if together:
             index = torch.tensor([row for _, rows in together for row in rows], device=output.device)
             sizes = [len(rows) for _, rows in together]
             parts = (each.index_select(0, index).split(sizes) for each in (layer.query, layer.key, layer.value))
-            attended = [
-                stack.step(self.kernel, [held[row] for row in rows], *each)
-                for (stack, rows), *each in zip(together, *parts, strict=True)
-            ]
+            attended = []
+            for (stack, rows), query, key, value in zip(together, *parts, strict=True):
+                of_rows, weights = stack.step(self.kernel, [held[row] for row in rows], query, key, value)
+                attended.append(of_rows)
+                for place, row in enumerate(rows):
+                    if stores[row].acts:
+                        stores[row].read(query[place])
+                        stores[row].observe(None if weights is None else own_weights(weights[place], held[row]))
             output.index_copy_(0, index, torch.cat(attended))
         for row in {*range(len(self.rows))}.difference(*(rows for _, rows in together)):
             output[row] = self._decode(row, layer)
         return output
 
-    def _stackable(self, layer: LayerBatch) -> dict[int, Stackable]:
-        """What those rows hold that may append and attend together."""
+    def _stackable(self, layer: LayerBatch, stores: list[Store]) -> dict[int, Stackable]:
+        """What those rows hold in this layer that may append and attend together."""
         if layer.query.shape[2] > 1 or self.window is not None or any(self._padding):
             return {}
-        held = ((row, cache.stores[layer.index].stackable(cache.seen)) for row, (cache,) in enumerate(self.rows))
-        return {row: entries for row, entries in held if entries is not None}
+        held = (store.stackable(cache.seen) for store, (cache,) in zip(stores, self.rows, strict=True))
+        return {row: entries for row, entries in enumerate(held) if entries is not None}
 
     def _prefill(self, layer: LayerBatch, contexts: list[LayerContext], mask: Tensor | None) -> Tensor:
         """The kernel's output, or a method's own in the rows that have one, zero where they are padded."""
@@ -223,6 +228,11 @@ class CompressedCache(Cache):
         whole = isinstance(reading.keys, Tensor)
         store.observe((weights[0] if whole else weights) if store.observes else None)
         return pad(output, (0, 0, padding, 0)) if padding else output
+
+
+def own_weights(weights: Tensor, held: Stackable) -> Tensor:
+    """As `Store.observe` is given them: of weights [stored heads, queries, length], those of the entries that are there."""
+    return weights[..., : held.longest].flatten(0, 1)[:, None]
 
 
 @dataclass

@@ -203,7 +203,7 @@ class AgingBuffer(Buffer):
         if of_keys is not None and of_values is not None:
             from .numba_levels import attend  # late, too
 
-            return attend(query, of_keys, keys.recent, of_values, values.recent).to(query.dtype)
+            return attend(query, of_keys, keys.recent, of_values, values.recent)
         exact = query.float() / math.sqrt(query.shape[-1])
         weights = keys.products(exact, positions).softmax(-1)
         return values.mixed(weights, positions).to(query.dtype)

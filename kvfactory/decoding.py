@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .buffers import Stackable
 from .context import LayerContext
 from .indexing import entries
 from .stores import DenseStore, Reading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 class BoundedStore(DenseStore):
     """Has its method choose again, from what is stored, whenever a step leaves more than its capacity."""
 
+    acts = True
     spare: ClassVar[int] = 1
     """Room beyond the capacity, for the step's own token."""
 
@@ -37,6 +39,9 @@ class BoundedStore(DenseStore):
         )
         self._recent = method.recent_queries
         self._queries = latest(layer.queries, self._recent)
+
+    def stackable(self, position: int) -> Stackable | None:
+        return super().stackable(position)  # `read` gives all there is here too
 
     def read(self, query: Tensor) -> Reading:
         if self._recent:
@@ -70,12 +75,16 @@ class SlidingStore(BoundedStore):
     spare = 0
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
-        new = keys.shape[1]
-        if self._capacity is not None and self._length + new > self._capacity:
-            self._make_room(new)
+        self._make_room(keys.shape[1])
         super().append(keys, values, position)
 
+    def stackable(self, position: int) -> Stackable | None:
+        self._make_room(1)
+        return super().stackable(position)
+
     def _make_room(self, new: int) -> None:
+        if self._capacity is None or self._length + new <= self._capacity:
+            return
         sinks = self._method.protected()[0]
         recent = max(self._left - new - sinks, 0)
         entry = torch.arange(self._length, device=self._listed.device)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Kernel:
     length], each of its first three perhaps 1, or None) -> output shaped like the query."""
     newest: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """`decode` of tokens that see all there is: of lengths [rows, heads], int64, or all that there is room for if None."""
-    watched: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """`newest` over all there is room for, with the weights [rows, heads, queries, length] in float32 beside the output."""
+    watched: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    """`newest`, with the weights [rows, heads, queries, length] in float32 beside the output; 0 behind a head's entries."""
     ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
     masks: bool = True
@@ -47,6 +47,7 @@ class Kernel:
 
 FUSED_ON_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """What torch's fused attention calls on a CPU: (query, key, value, dropout, causal) -> output, log sums. A private name."""
+Attended = TypeVar("Attended", Tensor, tuple[Tensor, Tensor])
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 COMPILED_CALL = 16384
 """`Kernel.call` where room costs memory alone."""
@@ -147,13 +148,13 @@ def flash_decode(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | 
 
 
 def by_mask(
-    decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Attended],
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     lengths: Tensor | None,
-) -> Tensor:
-    """As `Kernel.newest`, by a `Kernel.decode`."""
+) -> Attended:
+    """As `Kernel.newest`, by a `Kernel.decode`; or with weights, by what gives them."""
     if lengths is None:
         return decode(query, keys, values, None)
     own = torch.arange(keys.shape[2], device=keys.device) < lengths[..., None]
@@ -185,7 +186,8 @@ def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
 
 def in_torch(prefill: Callable[..., tuple[Tensor, Tensor | None]], decode: Callable[..., Tensor]) -> Kernel:
     """A kernel made of two functions."""
-    return Kernel(prefill, decode, partial(by_mask, decode), attend_with_weights, partial(head_by_head, decode))
+    newest, watched = partial(by_mask, decode), partial(by_mask, attend_with_weights)
+    return Kernel(prefill, decode, newest, watched, partial(head_by_head, decode))
 
 
 KERNELS = {
@@ -250,7 +252,7 @@ def decode_attention(
         if with_weights:
             seen = (keys[None], values[None])
             attended, each = (
-                kernel.watched(folded, *seen) if allowed is None else attend_with_weights(folded, *seen, allowed)
+                kernel.watched(folded, *seen, None) if allowed is None else attend_with_weights(folded, *seen, allowed)
             )
             weights.append(each.reshape(len(part), tokens, -1))
         elif allowed is None:

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
-from .numba_vectors import NUMBERS, numbers, put, repeated, size, total, vector
+from .numba_vectors import numbers, put, repeated, size, total, vector
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
@@ -24,24 +24,21 @@ AT_ONCE = 1024
 
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """As `Kernel.newest`, in bfloat16 or float32 with sums in float32; a head has one entry at least."""
-    rows, heads, capacity, dim = keys.shape
+    rows, heads, _, dim = keys.shape
     keys, values = side_by_side(keys), side_by_side(values)
-    own = np.full(rows * heads, capacity) if lengths is None else lengths.numpy().ravel()
     folded = query.reshape(rows * heads, -1, dim)
-    return _attend(folded, starts_of(keys), starts_of(values), own, keys.dtype).view_as(query)
+    return _attend(folded, starts_of(keys), starts_of(values), lengths_of(keys, lengths)).view_as(query)
 
 
-def watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def watched(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `Kernel.watched`, under the same conditions."""
     rows, heads, length, dim = keys.shape
     keys, values = side_by_side(keys), side_by_side(values)
-    exact = numbers(query.reshape(rows * heads, -1, dim).float() / math.sqrt(dim))
-    weights = np.empty((*exact.shape[:2], length), np.float32)
-    arguments = size(dim), exact, starts_of(keys), starts_of(values), NUMBERS[keys.dtype], weights
-    run(_weigh, _weigh_in_threads, *arguments)
-    return torch.from_numpy(exact).to(query.dtype).view_as(query), torch.from_numpy(weights).view(
-        rows, heads, -1, length
-    )
+    folded = query.reshape(rows * heads, -1, dim).contiguous()
+    output, weights = torch.empty_like(folded), np.zeros((*folded.shape[:2], length), np.float32)
+    places = starts_of(keys), starts_of(values), lengths_of(keys, lengths)
+    run(_weigh, _weigh_in_threads, size(dim), numbers(folded), *places, weights, numbers(output))
+    return output.view_as(query), torch.from_numpy(weights).view(rows, heads, -1, length)
 
 
 def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -50,7 +47,7 @@ def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     of_keys, of_values = (np.array([each.data_ptr() for each in side]) for side in (keys, values))
     lengths = np.array([len(each) for each in keys])
     folded = query.reshape(len(keys), -1, query.shape[-1])
-    return _attend(folded, of_keys, of_values, lengths, keys[0].dtype).view_as(query)
+    return _attend(folded, of_keys, of_values, lengths).view_as(query)
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -64,16 +61,18 @@ def starts_of(x: Tensor) -> Any:
     return _addresses(x.data_ptr(), size * x.stride(0), size * x.stride(1), *x.shape[:2])
 
 
-def _attend(query: Tensor, keys: Any, values: Any, lengths: Any, dtype: torch.dtype) -> Tensor:
+def lengths_of(x: Tensor, lengths: Tensor | None) -> Any:
+    """How many entries each head of x [rows, heads, length, head_dim] has, [rows * heads], int64: all of them if None."""
+    return np.full(x.shape[0] * x.shape[1], x.shape[2]) if lengths is None else lengths.numpy().ravel()
+
+
+def _attend(query: Tensor, keys: Any, values: Any, lengths: Any) -> Tensor:
     """Attention of query [heads, queries, head_dim] over entries at addresses [heads], each head's side by side."""
-    exact = numbers(query.float() / math.sqrt(query.shape[-1]))
-    parts = -(-int(lengths.max()) // AT_ONCE)
-    highest = np.empty((len(exact), parts, exact.shape[1]), np.float32)
-    sums, mixed = np.empty_like(highest), np.empty((*highest.shape, exact.shape[2]), np.float32)
-    arguments = size(exact.shape[2]), exact, keys, values, lengths, NUMBERS[dtype], highest, sums, mixed
-    run(_attend_to_parts, _attend_in_threads, *arguments)
-    join_parts(highest, sums, mixed, exact)
-    return torch.from_numpy(exact).to(query.dtype)
+    query = query.contiguous()
+    output = torch.empty_like(query)
+    arguments = size(query.shape[2]), numbers(query), keys, values, lengths, numbers(output)
+    run(_attend_alone, _attend_in_threads, *arguments)
+    return output
 
 
 @compiled
@@ -103,6 +102,14 @@ def entries_at(address: Any, length: Any, dim: Any, number: Any) -> Any:
 
 
 @compiled
+def parts_of(heads: Any, queries: Any, dim: Any, length: Any, at_once: Any) -> tuple[Any, Any, Any]:
+    """Room for what heads of so many entries have of each part: highest logit, sum of weights, and of weighted values."""
+    parts = -(-length // at_once)
+    highest, sums = np.empty((heads, parts, queries), np.float32), np.empty((heads, parts, queries), np.float32)
+    return highest, sums, np.empty((heads, parts, queries, dim), np.float32)
+
+
+@compiled
 def _attend_to_parts(
     thread: Any,
     threads: Any,
@@ -111,27 +118,28 @@ def _attend_to_parts(
     keys: Any,
     values: Any,
     lengths: Any,
-    number: Any,
     highest: Any,
     sums: Any,
     mixed: Any,
 ) -> None:
     """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
     heads, queries, dim = query.shape
-    parts = highest.shape[1]
-    logits = np.empty((queries, AT_ONCE), np.float32)
+    parts, scale = highest.shape[1], repeated(np.float32(1 / math.sqrt(dim)), channels)
+    exact, logits = np.empty((queries, dim), np.float32), np.empty((queries, AT_ONCE), np.float32)
     for job in range(thread, heads * parts, threads):
         head, part = job // parts, job % parts
         start, stop = part * AT_ONCE, min((part + 1) * AT_ONCE, lengths[head])
         if start >= stop:
             highest[head, part] = -np.inf
             continue
-        of_keys = entries_at(keys[head], lengths[head], dim, number)
-        of_values = entries_at(values[head], lengths[head], dim, number)
+        of_keys = entries_at(keys[head], lengths[head], dim, query)
+        of_values = entries_at(values[head], lengths[head], dim, query)
+        for each in range(queries):
+            put(exact, each, scale * vector(query, head * queries + each, channels))
         for at in range(start, stop):
             key = vector(of_keys, at, channels)
             for each in range(queries):
-                logits[each, at - start] = total(key * vector(query, head * queries + each, channels))
+                logits[each, at - start] = total(key * vector(exact, each, channels))
         for each in range(queries):
             highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: stop - start])
             mixture = repeated(np.float32(0), channels)
@@ -140,56 +148,68 @@ def _attend_to_parts(
             put(mixed, (head * parts + part) * queries + each, mixture)
 
 
+@compiled
+def _attend_alone(
+    thread: Any, threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, output: Any
+) -> None:
+    """The attention of all heads, in one thread."""
+    heads, queries, dim = query.shape
+    highest, sums, mixed = parts_of(heads, queries, dim, lengths.max(), AT_ONCE)
+    _attend_to_parts(thread, threads, channels, query, keys, values, lengths, highest, sums, mixed)
+    join_parts(channels, highest, sums, mixed, output)
+
+
 @in_threads
 def _attend_in_threads(
+    threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, output: Any
+) -> None:
+    heads, queries, dim = query.shape
+    highest, sums, mixed = parts_of(heads, queries, dim, lengths.max(), AT_ONCE)
+    for thread in prange(threads):
+        _attend_to_parts(thread, threads, channels, query, keys, values, lengths, highest, sums, mixed)
+    join_parts(channels, highest, sums, mixed, output)
+
+
+@compiled
+def join_parts(channels: Any, highest: Any, sums: Any, mixed: Any, output: Any) -> None:
+    """The attention of each head, [heads, queries, head_dim], from that of its parts; a part without entries is at -inf."""
+    heads, parts, queries = highest.shape
+    for head in range(heads):
+        for each in range(queries):
+            most, whole, mixture = highest[head, 0, each], np.float32(0), repeated(np.float32(0), channels)
+            for part in range(1, parts):
+                most = max(most, highest[head, part, each])
+            for part in range(parts):
+                if highest[head, part, each] == -np.inf:
+                    continue
+                scale = exponential(highest[head, part, each] - most)
+                whole += scale * sums[head, part, each]
+                own = vector(mixed, (head * parts + part) * queries + each, channels)
+                mixture = mixture + repeated(scale, channels) * own
+            put(output, head * queries + each, repeated(1 / whole, channels) * mixture)
+
+
+@compiled
+def _weigh(
+    thread: Any,
     threads: Any,
     channels: Any,
     query: Any,
     keys: Any,
     values: Any,
     lengths: Any,
-    number: Any,
-    highest: Any,
-    sums: Any,
-    mixed: Any,
+    weights: Any,
+    output: Any,
 ) -> None:
-    for thread in prange(threads):
-        _attend_to_parts(thread, threads, channels, query, keys, values, lengths, number, highest, sums, mixed)
-
-
-@compiled
-def join_parts(highest: Any, sums: Any, mixed: Any, output: Any) -> None:
-    """The attention of each head, [heads, queries, head_dim], from that of its parts; a part without entries is at -inf."""
-    heads, parts, queries = highest.shape
-    for head in range(heads):
-        for each in range(queries):
-            most, total = highest[head, 0, each], np.float32(0)
-            for part in range(1, parts):
-                most = max(most, highest[head, part, each])
-            output[head, each] = 0
-            for part in range(parts):
-                if highest[head, part, each] == -np.inf:
-                    continue
-                scale = exponential(highest[head, part, each] - most)
-                total += scale * sums[head, part, each]
-                for channel in range(output.shape[2]):
-                    output[head, each, channel] += scale * mixed[head, part, each, channel]
-            for channel in range(output.shape[2]):
-                output[head, each, channel] /= total
-
-
-@compiled
-def _weigh(
-    thread: Any, threads: Any, channels: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any
-) -> None:
-    """Every `threads`-th head: its weights [queries, entries], and its attention in place of its query."""
-    heads, queries, length = weights.shape
-    dim = query.shape[2]
+    """Every `threads`-th head: its weights [queries, entries] and its attention."""
+    heads, queries, dim = query.shape
+    scale = repeated(np.float32(1 / math.sqrt(dim)), channels)
     for head in range(thread, heads, threads):
-        of_keys = entries_at(keys[head], length, dim, number)
-        of_values = entries_at(values[head], length, dim, number)
+        length = lengths[head]
+        of_keys = entries_at(keys[head], length, dim, query)
+        of_values = entries_at(values[head], length, dim, query)
         for each in range(queries):
-            row, own = weights[head, each], vector(query, head * queries + each, channels)
+            row, own = weights[head, each][:length], scale * vector(query, head * queries + each, channels)
             for at in range(length):
                 row[at] = total(own * vector(of_keys, at, channels))
             _, whole = softmax_sums(row)
@@ -197,12 +217,12 @@ def _weigh(
             for at in range(length):
                 row[at] /= whole
                 mixture = mixture + repeated(row[at], channels) * vector(of_values, at, channels)
-            put(query, head * queries + each, mixture)
+            put(output, head * queries + each, mixture)
 
 
 @in_threads
 def _weigh_in_threads(
-    threads: Any, channels: Any, query: Any, keys: Any, values: Any, number: Any, weights: Any
+    threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, weights: Any, output: Any
 ) -> None:
     for thread in prange(threads):
-        _weigh(thread, threads, channels, query, keys, values, number, weights)
+        _weigh(thread, threads, channels, query, keys, values, lengths, weights, output)

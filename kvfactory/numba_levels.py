@@ -13,7 +13,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .numba_kernels import join_parts
+from .numba_kernels import join_parts, parts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
 from .numba_packed import levels, looked_up
 from .numba_vectors import number, numbers, put, repeated, size, spread, total, turned, vector
@@ -117,17 +117,13 @@ def _ends(counts: Tensor) -> Any:
 def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, recent_values: Tensor) -> Tensor:
     """Attention of query [heads, queries, head_dim] over encoded entries and the recent ones [heads, recent, head_dim].
 
-    float32; how many are recent may differ between keys and values.
+    How many are recent may differ between keys and values. Sums are float32, the output is of the query's dtype.
     """
-    exact_query = numbers(query.float() / math.sqrt(query.shape[-1]))
-    heads, queries, dim = query.shape
-    length = keys.length + recent_keys.shape[1]
-    highest = np.empty((heads, -(-length // PART), queries), np.float32)
-    sums, mixtures = np.empty_like(highest), np.empty((*highest.shape, dim), np.float32)
+    query = query.contiguous()
+    output = torch.empty_like(query)
     sides = keys, numbers(recent_keys), values, numbers(recent_values)
-    run(_attend_to_parts, _attend_in_threads, exact_query, size(dim), length, *sides, highest, sums, mixtures)
-    join_parts(highest, sums, mixtures, exact_query)
-    return torch.from_numpy(exact_query)
+    run(_attend_alone, _attend_in_threads, numbers(query), size(query.shape[2]), *sides, numbers(output))
+    return output
 
 
 @compiled
@@ -230,7 +226,6 @@ def _attend_to_parts(
     threads: Any,
     query: Any,
     channels: Any,
-    length: Any,
     keys: Any,
     recent_keys: Any,
     values: Any,
@@ -241,18 +236,19 @@ def _attend_to_parts(
 ) -> None:
     """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
     heads, parts, queries, dim = mixtures.shape
-    logits, written = (
-        np.empty((queries, PART), np.float32),
-        np.empty((AT_ONCE + 1, dim), np.float32),
-    )  # the last is nobody's
+    length, scale = keys.length + recent_keys.shape[1], repeated(np.float32(1 / math.sqrt(dim)), channels)
+    exact, logits = np.empty((queries, dim), np.float32), np.empty((queries, PART), np.float32)
+    written = np.empty((AT_ONCE + 1, dim), np.float32)  # the last is nobody's
     for job in range(thread, heads * parts, threads):
         head, part = job // parts, job % parts
         begin, end = part * PART, min((part + 1) * PART, length)
+        for each in range(queries):
+            put(exact, each, scale * vector(query, head * queries + each, channels))
         for start in range(begin, end, AT_ONCE):
             count = min(AT_ONCE, end - start)
             _write(keys, recent_keys, channels, head, start, count, written)
             for each in range(queries):
-                row = vector(query, head * queries + each, channels)
+                row = vector(exact, each, channels)
                 for entry in range(count):
                     logits[each, start - begin + entry] = total(row * vector(written, entry, channels))
         for each in range(queries):
@@ -269,27 +265,46 @@ def _attend_to_parts(
                 put(mixtures, job * queries + each, mixture)
 
 
+@compiled
+def _attend_alone(
+    thread: Any,
+    threads: Any,
+    query: Any,
+    channels: Any,
+    keys: Any,
+    recent_keys: Any,
+    values: Any,
+    recent_values: Any,
+    output: Any,
+) -> None:
+    """The attention of all heads, in one thread."""
+    heads, queries, dim = query.shape
+    highest, sums, mixtures = parts_of(heads, queries, dim, keys.length + recent_keys.shape[1], PART)
+    _attend_to_parts(
+        thread, threads, query, channels, keys, recent_keys, values, recent_values, highest, sums, mixtures
+    )
+    join_parts(channels, highest, sums, mixtures, output)
+
+
 @in_threads
 def _attend_in_threads(
     threads: Any,
     query: Any,
     channels: Any,
-    length: Any,
     keys: Any,
     recent_keys: Any,
     values: Any,
     recent_values: Any,
-    highest: Any,
-    sums: Any,
-    mixtures: Any,
+    output: Any,
 ) -> None:
+    heads, queries, dim = query.shape
+    highest, sums, mixtures = parts_of(heads, queries, dim, keys.length + recent_keys.shape[1], PART)
     for thread in prange(threads):
         _attend_to_parts(
             thread,
             threads,
             query,
             channels,
-            length,
             keys,
             recent_keys,
             values,
@@ -298,3 +313,4 @@ def _attend_in_threads(
             sums,
             mixtures,
         )
+    join_parts(channels, highest, sums, mixtures, output)

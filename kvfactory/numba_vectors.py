@@ -118,11 +118,14 @@ def spread(typing_context: Any, array: Any, index: Any, count: Any, group: Any) 
 
 @intrinsic
 def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write a vector as entry `index` of an array of float32 without gaps."""
+    """Write a vector as entry `index` of an array without gaps of float32, or of bfloat16, rounded."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = place_of(context, builder, signature.args, arguments, arguments[2].type)
-        builder.store(arguments[2], where, align=4)
+        held, kind = arguments[2], signature.args[0].dtype
+        if kind == types.uint16:
+            held = rounded(builder, held)
+        where = place_of(context, builder, signature.args, arguments, held.type)
+        builder.store(held, where, align=kind.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(array, index, value), generate
@@ -233,6 +236,16 @@ def as_float(builder: Any, numbers: Any, kind: Any) -> Any:
     if kind == types.uint16:  # bfloat16 is the upper half of a float32
         return builder.bitcast(builder.shl(wide, all_of(wide, 16)), exact)
     return builder.sitofp(wide, exact)
+
+
+def rounded(builder: Any, numbers: Any) -> Any:
+    """Numbers, float32, as the bits of the nearest bfloat16 each, the even one of two; what is no number stays none."""
+    bits = builder.bitcast(numbers, ir.VectorType(ir.IntType(32), numbers.type.count))
+    is_odd = builder.and_(builder.lshr(bits, all_of(bits, 16)), all_of(bits, 1))
+    up = builder.add(bits, builder.add(is_odd, all_of(bits, 0x7FFF)))
+    none = builder.fcmp_unordered("uno", numbers, numbers)
+    upper = builder.lshr(builder.select(none, all_of(bits, 0x7FC00000), up), all_of(bits, 16))
+    return builder.trunc(upper, ir.VectorType(ir.IntType(16), numbers.type.count))
 
 
 def _reduced(builder: Any, operation: str, *arguments: Any) -> Any:

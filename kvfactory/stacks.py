@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .buffers import Stackable, room_for
+from .buffers import Stackable
 
 if TYPE_CHECKING:
     from .kernels import Kernel
@@ -27,23 +27,20 @@ class Stack:
     keys: Tensor
     """[slots, heads, capacity, head_dim]; what is behind a head's entries is 0, because weights of 0 meet it."""
     values: Tensor
-    room: int
-    """Steps that there is room for."""
 
     def __init__(self, held: Sequence[Stackable]) -> None:
         self.slots = len(held)
-        lengths = [each.head_lengths() for each in held]
-        longest = max(map(max, lengths))
-        self.room = 1 + room_for(longest + 1)
+        self.watched = held[0].watched
+        self.capacity = max(each.reach for each in held)
         self.keys, self.values = (
-            self._laid_out(sides, longest + self.room)
+            self._laid_out(sides, self.capacity)
             for sides in ([each.segments(each.keys) for each in held], [each.segments(each.values) for each in held])
         )
         for slot, each in enumerate(held):
             each.lie_in(self, slot)
-        _, heads, capacity, _ = self.keys.shape
-        self._starts = torch.arange(self.slots * heads, device=self.keys.device).view(-1, heads) * capacity
-        self._ends = self._starts + torch.tensor(lengths, device=self.keys.device)  # where the next entries belong
+        # of each head, on the host: nobody is to wait for a device
+        self._lengths = torch.tensor([each.head_lengths() for each in held])
+        self._starts = torch.arange(self._lengths.numel()).view_as(self._lengths) * self.capacity
 
     @staticmethod
     def _laid_out(rows: Sequence[Sequence[Tensor]], capacity: int) -> Tensor:
@@ -53,38 +50,54 @@ class Stack:
                 lane[: len(entries)] = entries
         return made
 
-    def step(self, kernel: Kernel, held: Sequence[Stackable], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    @property
+    def is_full(self) -> bool:
+        """Whether some head has no room for another entry."""
+        return int(self._lengths.max()) == self.capacity
+
+    def cut(self, slot: int, length: int) -> None:
+        """The row in this slot has so many entries left in each head, the first ones."""
+        self._lengths[slot] = length
+
+    def step(
+        self, kernel: Kernel, held: Sequence[Stackable], query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Append and attend for rows whose entries are `held`, in the order of their slots.
 
-        Tensors [rows, heads, 1, head_dim]; returns one shaped like the query.
+        Tensors [rows, heads, 1, head_dim]; returns one shaped like the query, and if asked for the weights
+        [rows, stored heads, queries of each, length], float32.
         """
-        left = len(held) < self.slots
-        slots = torch.tensor([each.slot for each in held], device=query.device) if left else None
-        ends = self._ends if slots is None else self._ends[slots]
-        for entries, new in ((self.keys, key), (self.values, value)):
-            each_head = spread(new, ends.shape[1])
-            entries.view(-1, entries.shape[-1]).index_copy_(0, ends.flatten(), each_head.flatten(0, 2))
-        if slots is None:
-            self._ends += 1
-        else:
-            self._ends[slots] = ends + 1
-        self.room -= 1
+        slots = None if len(held) == self.slots else torch.tensor([each.slot for each in held])
+        self._append(key, value, slots)
         for each in held:
             each.make_room(1)
             each.count(1)
         if slots is None:
-            return self._attend(kernel, held, query)
+            return self._attend(kernel, query)
+        slots = slots.to(query.device)
         everyone = query.new_zeros(self.slots, *query.shape[1:])  # those who left ask for nothing
-        return self._attend(kernel, held, everyone.index_copy_(0, slots, query))[slots]
+        output, weights = self._attend(kernel, everyone.index_copy_(0, slots, query))
+        return output[slots], None if weights is None else weights[slots]
 
-    def _attend(self, kernel: Kernel, held: Sequence[Stackable], query: Tensor) -> Tensor:
-        """Attention of query [slots, query_heads, 1, head_dim], shaped like it."""
-        lengths = {length for each in held for length in each.head_lengths()}
-        longest = max(lengths)
+    def _append(self, key: Tensor, value: Tensor, slots: Tensor | None) -> None:
+        """An entry for each head of these slots, or of all if None."""
+        which = slice(None) if slots is None else slots
+        ends = (self._starts + self._lengths)[which].flatten().to(key.device)
+        for entries, new in ((self.keys, key), (self.values, value)):
+            each_head = spread(new, entries.shape[1])
+            entries.view(-1, entries.shape[-1]).index_copy_(0, ends, each_head.flatten(0, 2))
+        self._lengths[which] += 1
+
+    def _attend(self, kernel: Kernel, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention of query [slots, query_heads, 1, head_dim], shaped like it, and weights as in `step`."""
+        shortest, longest = map(int, self._lengths.aminmax())
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
         folded = query.reshape(self.slots, keys.shape[1], -1, query.shape[-1])  # a stored head's queries side by side
-        own = None if len(lengths) == 1 else self._ends - self._starts
-        return kernel.newest(folded, keys, values, own).reshape(query.shape)
+        own = None if shortest == longest else self._lengths.to(query.device)
+        if not self.watched:
+            return kernel.newest(folded, keys, values, own).reshape(query.shape), None
+        output, weights = kernel.watched(folded, keys, values, own)
+        return output.reshape(query.shape), weights
 
 
 def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, list[int]]]:
@@ -92,17 +105,18 @@ def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, 
 
     A row that is better off alone is in none. `held` has the entries of all rows by row.
     """
-    old: dict[Stack, list[int]] = {}
-    free: dict[int, list[int]] = {}  # by the number of heads
+    old: dict[Stack, dict[int, int]] = {}  # rows by slot
+    free: dict[tuple[int, bool], list[int]] = {}  # by the number of heads, and whether weights are asked for
     for row, each in held.items():
-        if each.stack is not None and each.stack.room:
-            old.setdefault(each.stack, []).append(row)
+        if each.stack is not None:
+            old.setdefault(each.stack, {})[each.slot] = row
         else:
-            free.setdefault(len(each.head_lengths()), []).append(row)
+            free.setdefault((len(each.head_lengths()), each.watched), []).append(row)
     for stack, rows in [*old.items()]:
-        if 2 * len(rows) <= stack.slots:  # most have left
-            free.setdefault(stack.keys.shape[1], []).extend(old.pop(stack))
-    found = [(stack, sorted(rows, key=lambda row: held[row].slot)) for stack, rows in old.items()]
+        if stack.is_full or 2 * len(rows) <= stack.slots:  # or most have left
+            free.setdefault((stack.keys.shape[1], stack.watched), []).extend(rows.values())
+            del old[stack]
+    found = [(stack, [rows[slot] for slot in sorted(rows)]) for stack, rows in old.items()]
     for rows in free.values():
         groups = divided({row: held[row] for row in rows}, kernel)
         found += [(Stack([held[row] for row in group]), group) for group in groups]

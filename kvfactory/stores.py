@@ -50,6 +50,8 @@ class Store(ABC):
 
     observes: bool = False
     """True: `observe` is given the attention weights of every step."""
+    acts: bool = False
+    """True: `read` and `observe` are called of every step in company too, where they are not otherwise (`stackable`)."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
@@ -62,7 +64,8 @@ class Store(ABC):
     def stackable(self, position: int) -> Stackable | None:
         """Its entries, for rows that append and attend together; the next is about to have this true position.
 
-        None, the usual answer, where `append`, `read` or `observe` do more than hold and show all there is.
+        None, the usual answer, where `append` or `read` do more than hold and show all there is, or `observe` does
+        anything and the store does not say that it `acts`.
         """
         return None
 
@@ -149,6 +152,17 @@ def whole(store: Store) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+@cache
+def _has_own_ways(kind: type[DenseStore], acts: bool) -> bool:
+    """Whether a class of stores appends or reads in a way that what it inherits as `stackable` knows nothing of."""
+
+    def depth(name: str) -> int:
+        return next(depth for depth, each in enumerate(kind.__mro__) if name in vars(each))
+
+    ways = ["append", "read", "attend"] if acts else ["append", "read", "attend", "observe"]
+    return min(map(depth, ways)) < depth("stackable")
+
+
 class DenseStore(Store):
     """The same number of entries in every head."""
 
@@ -180,10 +194,13 @@ class DenseStore(Store):
         self._buffer.append(spread(keys, self._heads), spread(values, self._heads))
 
     def stackable(self, position: int) -> Stackable | None:
-        if type(self) is not DenseStore or not isinstance(self._buffer, PlainBuffer) or self._buffer.limit is not None:
-            return None  # what derives from this may read or evict in a way of its own
-        self._run_on(position)
-        return self._buffer
+        buffer = self._buffer
+        if not isinstance(buffer, PlainBuffer) or _has_own_ways(type(self), self.acts):
+            return None
+        if buffer.stack is None or self.acts:  # otherwise there was a step before, and no eviction since
+            self._run_on(position)
+            buffer.watched = self.observes
+        return buffer
 
     def attend(self, query: Tensor) -> Tensor | None:
         if type(self).read is not DenseStore.read:

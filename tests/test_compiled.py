@@ -97,8 +97,8 @@ def test_queries_are_read_in_their_own_order(dtype: torch.dtype) -> None:
     keys, values = (torch.randn(1, 3, 30, 16, generator=generator).to(dtype) for _ in range(2))
     query = torch.randn(1, 2, 3, 16, generator=generator).to(dtype).transpose(1, 2)
     for each in (query, query.contiguous()):
-        output, _ = numba_kernels.watched(each, keys, values)
-        assert torch.equal(output, numba_kernels.watched(query.contiguous(), keys, values)[0])
+        output, _ = numba_kernels.watched(each, keys, values, None)
+        assert torch.equal(output, numba_kernels.watched(query.contiguous(), keys, values, None)[0])
         expected = torch.stack([plain(query[0, head], keys[0, head], values[0, head]) for head in range(3)])[None]
         newest = numba_kernels.newest(each, keys, values, None)
         torch.testing.assert_close(newest.double(), expected, **tolerance(dtype))
@@ -172,8 +172,9 @@ def test_encoded_and_recent_entries_are_attended_to_as_they_are_decoded(
         recent.append(rest)
         decoded.append(torch.cat([column.decoded(), rest.float()], 1))
     attended = numba_levels.attend(query, columns[0], recent[0], columns[1], recent[1])
+    assert attended.dtype == dtype
     for each, key, value, output in zip(query, *decoded, attended, strict=True):
-        torch.testing.assert_close(output.double(), plain(each, key, value), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.double(), plain(each, key, value), **tolerance(dtype))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -267,7 +268,7 @@ def test_a_model_for_inference_computes_what_it_did_before() -> None:
 def test_weights_are_those_of_the_output(length: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(length)
     query, keys, values = (torch.randn(2, 3, count, 16, generator=generator).to(dtype) for count in (4, length, length))
-    output, weights = numba_kernels.watched(query, keys, values)
+    output, weights = numba_kernels.watched(query, keys, values, None)
     assert weights.dtype == torch.float32 and output.dtype == dtype
     expected = (query.double() @ keys.double().transpose(2, 3) / 4).softmax(-1)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-6)
