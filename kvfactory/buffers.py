@@ -313,14 +313,18 @@ class Growing:
 
     def joined(self, later: Tensor) -> Growing:
         """This and the entries of another tensor, of the same heads."""
-        tokens = later.shape[1]
+        grown = self.extended(later.shape[1])
+        grown.held.narrow(1, self.length, later.shape[1]).copy_(later)
+        return grown
+
+    def extended(self, tokens: int) -> Growing:
+        """This and room for so many entries, which whoever asks writes at once."""
         held, length, used = self.held, self.length, self._used
         if used[0] != length or length + tokens > held.shape[1]:
             needed = length + tokens
             held = held.new_empty(held.shape[0], needed + needed // 32, *held.shape[2:])  # what it copies is small
             held.narrow(1, 0, length).copy_(self.read())
             used = [length]
-        held.narrow(1, length, tokens).copy_(later)
         used[0] = length + tokens
         return Growing(held, used[0], used)
 

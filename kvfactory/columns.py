@@ -75,6 +75,10 @@ class Encoder(ABC):
     def encode(self, x: Tensor, positions: Positions) -> Column:
         """A column of the due entries x [heads, tokens, head_dim], which were turned back, and their positions."""
 
+    def extended(self, old: Column, x: Tensor, positions: Positions) -> Column:
+        """A column that this has made, and the entries of `encode` behind it."""
+        return old.joined(self.encode(x, positions))
+
     def of_head(self, head: int) -> Encoder:
         """The encoder of one of these heads."""
         return self
@@ -106,8 +110,8 @@ class Piece:
 
         x = self.recent[:, :count]
         x = x if self.encoder.frequencies is None else rotated(x, -of_due(), self.encoder.frequencies)
-        column = self.encoder.encode(x, of_due)
-        old = column if self.old is None else self.old.joined(column)
+        encoder = self.encoder
+        old = encoder.encode(x, of_due) if self.old is None else encoder.extended(self.old, x, of_due)
         return Piece(self.encoder, self.recent[:, count:].clone(), old, end)
 
     def appended(self, x: Tensor) -> Piece:
@@ -232,11 +236,15 @@ class AgingBuffer(Buffer):
 
 def _by_piece(side: list[Piece], x: Tensor) -> Iterator[tuple[Piece, Tensor]]:
     """Pieces and their heads of x [heads, ...]."""
+    if len(side) == 1:  # as nearly always
+        return iter([(side[0], x)])
     return zip(side, x.split(len(x) // len(side)), strict=True)
 
 
 def _located(side: list[Piece], positions: Positions) -> Iterator[tuple[Piece, Positions]]:
     """Pieces and what gives the positions of their entries; all heads have one where positions have one row."""
+    if len(side) == 1:
+        return iter([(side[0], positions)])
 
     def of(start: int, stop: int) -> Tensor:
         every = positions()

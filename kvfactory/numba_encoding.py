@@ -9,40 +9,45 @@ import torch
 from torch import Tensor
 
 from .numba_loops import exact
-from .numba_vectors import numbers
+from .numba_vectors import number, numbers, put, repeated, size
 
 HALVES = np.float32(2)
 
 
-def by_channels(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed levels, scales and least numbers of x [heads, length, head_dim], float32, in groups of channels.
+def by_channels(
+    x: Tensor, packed: Tensor, scale: Tensor, least: Tensor, start: int, bits: int, group_size: int
+) -> None:
+    """Write what is made of entries x [heads, tokens, head_dim], in groups of channels, from entry `start` on.
 
-    [heads, length, head_dim * bits / 8], uint8, and [heads, length, groups], float32, to the bit as torch has them.
+    Levels into packed bytes [heads, length, head_dim * bits / 8], scales and least numbers into [heads, length, groups], all
+    without gaps, to the bit as torch has them.
     """
-    *shape, dim = x.shape
-    packed = np.zeros((*shape, dim * bits // 8), np.uint8)
-    scale, least = np.empty((2, *shape, -(-dim // group_size)), np.float32)
-    _encode(x.contiguous().numpy(), packed, scale, least, bits, group_size)
-    return torch.from_numpy(packed), torch.from_numpy(scale), torch.from_numpy(least)
+    _encode(numbers(x), numbers(packed), numbers(scale), numbers(least), size(1), start, bits, group_size)
 
 
 @exact
-def _encode(x: Any, packed: Any, scale: Any, least: Any, bits: Any, group_size: Any) -> None:
+def _encode(
+    x: Any, packed: Any, scale: Any, least: Any, one: Any, start: Any, bits: Any, group_size: Any
+) -> None:
     """See `by_channels`."""
     heads, tokens, dim = x.shape
-    most, found = np.float32((1 << bits) - 1), np.empty(dim, np.uint8)
+    most, found, numbers = np.float32((1 << bits) - 1), np.empty(dim, np.uint8), np.empty(dim, np.float32)
     for head, entry in np.ndindex(heads, tokens):
+        for channel in range(dim):
+            numbers[channel] = number(x, (head * tokens + entry) * dim + channel)
         for part in range(scale.shape[2]):
-            begin, end = part * group_size, min((part + 1) * group_size, dim)
-            low = high = x[head, entry, begin]
-            for channel in range(begin, end):
-                low, high = min(low, x[head, entry, channel]), max(high, x[head, entry, channel])
+            group = numbers[part * group_size : (part + 1) * group_size]
+            low = high = group[0]
+            for each in group:
+                low, high = min(low, each), max(high, each)
             apart = (high - low) / most
-            scale[head, entry, part], least[head, entry, part] = apart, low
-            for channel in range(begin, end):
-                step = (x[head, entry, channel] - low) / apart if apart > 0 else np.float32(0)
-                found[channel] = np.uint8(np.rint(min(max(step, np.float32(0)), most)))
-        _pack(found, packed[head, entry], bits)
+            place = (head * scale.shape[1] + start + entry) * scale.shape[2] + part
+            put(scale, place, repeated(apart, one))
+            put(least, place, repeated(low, one))
+            for channel in range(len(group)):
+                step = (group[channel] - low) / apart if apart > 0 else np.float32(0)
+                found[part * group_size + channel] = np.uint8(np.rint(min(max(step, np.float32(0)), most)))
+        _pack(found, packed[head, start + entry], bits)
 
 
 def by_table(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, bits: int) -> Tensor:
@@ -51,7 +56,7 @@ def by_table(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, bits: int)
     Ranges are [heads or 1, length or 1, head_dim or 1], and all is float32; to the bit as torch has them.
     """
     *shape, dim = x.shape
-    packed = np.zeros((*shape, dim * bits // 8), np.uint8)
+    packed = np.empty((*shape, dim * bits // 8), np.uint8)
     middles = ((levels[1:] + levels[:-1]) / 2).numpy()
     low, high = (each.expand(-1, -1, dim).contiguous().numpy() for each in (lower, upper))
     _look_up(x.contiguous().numpy(), low, high, middles, packed, bits)
@@ -104,8 +109,9 @@ def _take(x: Any, chosen: Any, of_head: Any, of_channel: Any) -> Any:
 
 @exact
 def _pack(found: Any, packed: Any, bits: Any) -> None:
-    """Levels [head_dim] as `packing.pack` packs them, into bytes that are 0."""
+    """Levels [head_dim] as `packing.pack` packs them."""
     dim, first, shift = len(found), 0, 0
+    packed[:] = 0
     for width in (8, 4, 2, 1):
         if bits & width:
             length, mask = dim * width // 8, (1 << width) - 1

@@ -118,12 +118,15 @@ def spread(typing_context: Any, array: Any, index: Any, count: Any, group: Any) 
 
 @intrinsic
 def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write a vector as entry `index` of an array without gaps of float32, or of bfloat16, rounded."""
+    """Write a vector as entry `index` of an array without gaps, of float32 or rounded to the numbers of two bytes there."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         held, kind = arguments[2], signature.args[0].dtype
         if kind == types.uint16:
             held = rounded(builder, held)
+        elif kind == types.int16:
+            half = builder.fptrunc(held, ir.VectorType(ir.HalfType(), held.type.count))
+            held = builder.bitcast(half, ir.VectorType(ir.IntType(16), held.type.count))
         where = place_of(context, builder, signature.args, arguments, held.type)
         builder.store(held, where, align=kind.bitwidth // 8)
         return context.get_dummy_value()

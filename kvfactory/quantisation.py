@@ -73,12 +73,25 @@ class UniformColumn(Column):
         if has_numba(x.device):
             from .numba_encoding import by_channels  # late, as elsewhere: nobody else waits for its import
 
-            levels, scale, least = by_channels(exact, bits, group_size)
-            return cls.of(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
+            *shape, dim = x.shape
+            packed = x.new_empty(*shape, dim * bits // 8, dtype=torch.uint8)
+            scale, least = x.new_empty(2, *shape, -(-dim // group_size), dtype=dtype)
+            by_channels(x, packed, scale, least, 0, bits, group_size)
+            return cls.of(packed, scale, least, None, bits, group_size)
         least, most = (_by_channels(exact, group_size, reduce) for reduce in (torch.amin, torch.amax))
         scale = (most - least) / (2**bits - 1)
         levels = _levels(x, *(_of_channels(each, group_size, x.shape[-1]) for each in (least, scale)), bits=bits)
         return cls.of(levels, scale.to(dtype), least.to(dtype), None, bits, group_size)
+
+    def extended(self, x: Tensor) -> UniformColumn:
+        """These and entries x [heads, tokens, head_dim] behind them, where groups are of channels."""
+        if not has_numba(x.device):
+            return self.joined(UniformColumn.per_token(x, *self._form, self.scale.held.dtype))
+        from .numba_encoding import by_channels  # late, too
+
+        packed, scale, least = (each.extended(x.shape[1]) for each in (self.packed, self.scale, self.least))
+        by_channels(x, packed.held, scale.held, least.held, self.packed.length, *self._form)
+        return UniformColumn(packed, scale, least, None, *self._form)
 
     def decoded(self) -> Tensor:
         levels, scale, least = self._levels(), self.scale.read().float(), self.least.read().float()
@@ -234,6 +247,12 @@ class WindowedQuantisation(Quantisation):
         quantise = UniformColumn.per_channel if axis == 0 else UniformColumn.per_token
         return quantise(x, self.nbits, self.q_group_size or x.shape[1 + axis], self.stored_dtype(x))
 
+    def extended(self, old: Column, x: Tensor, axis: int) -> Column:
+        """A column of what is encoded already, and x behind it."""
+        if axis == 1 and isinstance(old, UniformColumn) and type(self).encode is WindowedQuantisation.encode:
+            return old.extended(x)
+        return old.joined(self.encode(x, axis))
+
     def stored_dtype(self, x: Tensor) -> torch.dtype:
         """The type of scales and whatever else is stored beside levels."""
         return stored_dtype(x, self.scale_dtype)
@@ -251,6 +270,9 @@ class AlongAxis(Encoder):
 
     def encode(self, x: Tensor, positions: Positions) -> Column:
         return self.quantisation.encode(x, self.axis)
+
+    def extended(self, old: Column, x: Tensor, positions: Positions) -> Column:
+        return self.quantisation.extended(old, x, self.axis)
 
 
 def stored_dtype(x: Tensor, scale_dtype: str) -> torch.dtype:

@@ -183,18 +183,27 @@ def test_encoded_and_recent_entries_are_attended_to_as_they_are_decoded(
     group=st.sampled_from([8, 24, 64, 1000]),
     tokens=st.integers(1, 20),
     dtype=st.sampled_from(DTYPES),
+    stored=st.sampled_from([torch.float16, *DTYPES]),
     seed=st.integers(0, 99),
 )
 def test_levels_of_channels_are_those_of_torch_to_the_bit(
-    monkeypatch: pytest.MonkeyPatch, bits: int, group: int, tokens: int, dtype: torch.dtype, seed: int
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    group: int,
+    tokens: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    seed: int,
 ) -> None:
+    later = tokens - tokens // 3  # the rest is put behind it
     x = torch.randn(3, tokens, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
     x[0, :, :32] = 1.5  # a group of equal numbers has no scale
     columns = []
     for installed in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr("kvfactory.compiled.is_installed", lambda installed=installed: installed)
-            columns.append(UniformColumn.per_token(x, bits, group, torch.float32))
+            column = UniformColumn.per_token(x[:, :later], bits, group, stored)
+            columns.append(column.extended(x[:, later:]) if later < tokens else column)
     for name in ("packed", "scale", "least"):
         ours, expected = (getattr(column, name).read() for column in columns)
         assert torch.equal(ours, expected), name
