@@ -98,8 +98,8 @@ class Stackable(ABC):
         return self.longest + 1 + room_for(self.longest + 1)
 
     @abstractmethod
-    def segments(self, side: Tensor) -> list[Tensor]:
-        """Of its keys or its values, the entries of each head, [length, head_dim], without the room behind them."""
+    def write_into(self, keys: Tensor, values: Tensor) -> None:
+        """Write its entries to the front of tensors that have room for more, [heads, capacity, head_dim]."""
 
     @abstractmethod
     def make_room(self, tokens: int) -> bool:
@@ -146,8 +146,9 @@ class PlainBuffer(Stackable, Buffer):
     def reach(self) -> int:
         return super().reach if self.limit is None else max(self.length + 1, self.limit)
 
-    def segments(self, side: Tensor) -> list[Tensor]:
-        return list(side[:, : self.length].unbind(0))
+    def write_into(self, keys: Tensor, values: Tensor) -> None:
+        keys[:, : self.length] = self.keys[:, : self.length]
+        values[:, : self.length] = self.values[:, : self.length]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         start, tokens = self.length, keys.shape[1]
@@ -220,7 +221,13 @@ class SegmentBuffer(Stackable):
         return max(self.lengths)
 
     def segments(self, side: Tensor) -> list[Tensor]:
+        """Of its keys or its values, the entries of each head, [length, head_dim], without the room behind them."""
         return [side.narrow(0, start, length) for start, length in zip(self.starts, self.lengths, strict=True)]
+
+    def write_into(self, keys: Tensor, values: Tensor) -> None:
+        for into, side in ((keys, self.keys), (values, self.values)):
+            for lane, segment in zip(into, self.segments(side), strict=True):
+                lane[: len(segment)] = segment
 
     def lie_in(self, stack: Stack, slot: int) -> None:
         super().lie_in(stack, slot)

@@ -12,15 +12,17 @@ def entries(x: Tensor, index: Tensor) -> Tensor:
     There are as many rows as heads, or several for each head.
     """
     heads, tokens = x.shape[:2]
-    head = torch.arange(len(index), device=index.device)[:, None] // max(len(index) // heads, 1)
     apart, step = x.stride()[:2]
-    if (
-        tokens and step and apart % step == 0
-    ):  # rows of a flat tensor are copied whole, many times faster than element by element
-        apart //= step
-        flat = x.as_strided((apart * (heads - 1) + tokens, *x.shape[2:]), (step, *x.stride()[2:]))
-        return flat.index_select(0, (index + apart * head).flatten()).unflatten(0, index.shape)
-    return x[head, index]
+    # rows of a flat tensor are copied whole, many times faster than element by element
+    flat = tokens > 0 and step > 0 and apart > 0 and apart % step == 0
+    apart = apart // step if flat else 1
+    starts = torch.arange(0, heads * apart, apart, device=index.device)
+    if len(index) > heads:
+        starts = starts.repeat_interleave(len(index) // heads)
+    if not flat:
+        return x[starts[:, None], index]
+    one = x.as_strided((apart * (heads - 1) + tokens, *x.shape[2:]), (step, *x.stride()[2:]))
+    return one.index_select(0, (index + starts[:, None]).view(-1)).view(*index.shape, *x.shape[2:])
 
 
 def largest(x: Tensor, count: int) -> Tensor:

@@ -26,9 +26,7 @@ def by_channels(
 
 
 @exact
-def _encode(
-    x: Any, packed: Any, scale: Any, least: Any, one: Any, start: Any, bits: Any, group_size: Any
-) -> None:
+def _encode(x: Any, packed: Any, scale: Any, least: Any, one: Any, start: Any, bits: Any, group_size: Any) -> None:
     """See `by_channels`."""
     heads, tokens, dim = x.shape
     most, found, numbers = np.float32((1 << bits) - 1), np.empty(dim, np.uint8), np.empty(dim, np.float32)

@@ -32,23 +32,14 @@ class Stack:
         self.slots = len(held)
         self.watched = held[0].watched
         self.capacity = max(each.reach for each in held)
-        self.keys, self.values = (
-            self._laid_out(sides, self.capacity)
-            for sides in ([each.segments(each.keys) for each in held], [each.segments(each.values) for each in held])
-        )
-        for slot, each in enumerate(held):
-            each.lie_in(self, slot)
         # of each head, on the host: nobody is to wait for a device
         self._lengths = torch.tensor([each.head_lengths() for each in held])
+        shape = *self._lengths.shape, self.capacity
+        self.keys, self.values = (like.new_zeros(*shape, like.shape[-1]) for like in (held[0].keys, held[0].values))
+        for slot, each in enumerate(held):
+            each.write_into(self.keys[slot], self.values[slot])
+            each.lie_in(self, slot)
         self._starts = torch.arange(self._lengths.numel()).view_as(self._lengths) * self.capacity
-
-    @staticmethod
-    def _laid_out(rows: Sequence[Sequence[Tensor]], capacity: int) -> Tensor:
-        made = rows[0][0].new_zeros(len(rows), len(rows[0]), capacity, rows[0][0].shape[-1])
-        for slot, heads in zip(made, rows, strict=True):
-            for lane, entries in zip(slot, heads, strict=True):
-                lane[: len(entries)] = entries
-        return made
 
     @property
     def is_full(self) -> bool:
@@ -117,8 +108,8 @@ def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, 
             free.setdefault((stack.keys.shape[1], stack.watched), []).extend(rows.values())
             del old[stack]
     found = [(stack, [rows[slot] for slot in sorted(rows)]) for stack, rows in old.items()]
-    for rows in free.values():
-        groups = divided({row: held[row] for row in rows}, kernel)
+    for alike in free.values():
+        groups = divided({row: held[row] for row in alike}, kernel)
         found += [(Stack([held[row] for row in group]), group) for group in groups]
     return found
 

@@ -242,7 +242,7 @@ class DenseStore(Store):
         run = consecutive(self._run_start, self._length - self._listed.shape[1], self._listed.device)
         if not self._listed.shape[1]:
             return run[None]  # eight times a layer and step it is asked for, and a copy is long
-        return torch.cat([self._listed.long(), run.expand(len(self._listed), -1)], 1)
+        return torch.cat([self._listed, run.expand(len(self._listed), -1)], 1)
 
     def positions(self) -> list[Tensor]:
         return list(self._all_positions().expand(self._heads, -1).unbind(0))
