@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .buffers import Growing
 from .columns import Column
 from .compiled import has_numba, has_vectors
+from .growing import Growing
 from .indexing import entries
 from .packing import Sparse, pack, unpack
 

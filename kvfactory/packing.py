@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import Growing
 from .compiled import has_numba
 from .errors import require
+from .growing import Growing
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths that fit bytes, whose sum is a number of bits: 3 bits are packed as 2 and 1."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, Growing, Positions
+from .buffers import Buffer, Positions
 from .columns import AgingBuffer, Column, Encoder, Piece
 from .compiled import has_numba, has_vectors
 from .context import LayerContext
 from .errors import at_least, require
+from .growing import Growing
 from .indexing import entries
 from .packing import Groups, pack, unpack
 from .storage import Quantisation

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from kvfactory import DenseStore, LayerContext, Method, Reading, Store, at_least, hookimpl, require
-from kvfactory.buffers import Rows
 from kvfactory.context import Prompt
+from kvfactory.growing import Rows
 from kvfactory.hookspecs import RegisterMethod
 from kvfactory.stores import consecutive, whole
 

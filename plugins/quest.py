@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from kvfactory import LayerContext, Reading, Store, at_least, hookimpl
-from kvfactory.buffers import Growing
 from kvfactory.compiled import has_vectors
+from kvfactory.growing import Growing
 from kvfactory.hookspecs import RegisterMethod, RegisterRetrieval
 from kvfactory.indexing import entries, largest
 from kvfactory.storage import Retrieval

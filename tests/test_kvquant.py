@@ -18,7 +18,7 @@ from test_golden_methods import Golden, rotate
 from torch import Tensor
 
 from kvfactory import Engine, UserError, load_method
-from kvfactory.buffers import Growing
+from kvfactory.growing import Growing
 from kvfactory.method import Method
 from kvfactory.nonuniform import (
     Fixed,

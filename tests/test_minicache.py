@@ -13,7 +13,7 @@ from test_golden_methods import Golden
 from torch import Tensor
 
 from kvfactory import DenseStore, Engine, Method, Store, UserError, compress
-from kvfactory.buffers import Rows
+from kvfactory.growing import Rows
 from kvfactory.testing import MethodContract, generate, tiny_model, tiny_prompts
 
 HEADS, TOKENS, DIM = 2, 40, 8

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from kvfactory import DenseStore, EvictionMethod, RaggedStore, Store, load_method
-from kvfactory.buffers import Growing
+from kvfactory.growing import Growing
 from kvfactory.registry import get_registry
 from kvfactory.testing import compress_layer, tensors_of
 
