@@ -105,6 +105,43 @@ def _take(x: Any, chosen: Any, of_head: Any, of_channel: Any) -> Any:
     return where, what
 
 
+def tamed_by_rank(x: Tensor, low: float, middle: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which numbers of vectors x [..., n] lie at or beyond the two outer of three ranks in ascending order, bool.
+
+    Then the least and the greatest of each vector, [..., 1], float32, where those count as what lies at the middle rank.
+    """
+    outlying, lower = np.empty(x.shape, np.bool_), np.empty((*x.shape[:-1], 1), np.float32)
+    upper = np.empty_like(lower)
+    flat = (each.reshape(-1) for each in (outlying, lower, upper))
+    _tame(numbers(x), np.array([low, middle, high]), *flat)
+    return torch.from_numpy(outlying), torch.from_numpy(lower), torch.from_numpy(upper)
+
+
+@exact
+def _tame(x: Any, ranks: Any, outlying: Any, lower: Any, upper: Any) -> None:
+    """See `tamed_by_rank`."""
+    count = x.shape[-1]
+    own, at = np.empty(count, np.float32), np.empty(3, np.float32)
+    for each in range(len(lower)):
+        for channel in range(count):
+            own[channel] = number(x, each * count + channel)
+        ascending = np.sort(own)
+        for which in range(3):
+            below = int(ranks[which])
+            weight, least, most = (
+                np.float32(ranks[which] - below),
+                ascending[below],
+                ascending[min(below + 1, count - 1)],
+            )
+            near = weight < np.float32(0.5)  # as torch's lerp
+            at[which] = least + weight * (most - least) if near else most - (most - least) * (np.float32(1) - weight)
+        for channel in range(count):
+            is_outlying = own[channel] <= at[0] or own[channel] >= at[2]
+            outlying[each * count + channel] = is_outlying
+            own[channel] = at[1] if is_outlying else own[channel]
+        lower[each], upper[each] = own.min(), own.max()
+
+
 @exact
 def _pack(found: Any, packed: Any, bits: Any) -> None:
     """Levels [head_dim] as `packing.pack` packs them."""

@@ -13,10 +13,12 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .compiled import WIDEST
 from .numba_kernels import join_parts, parts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
 from .numba_packed import levels, looked_up
-from .numba_vectors import number, numbers, put, repeated, size, spread, total, turned, vector
+from .numba_products import products
+from .numba_vectors import number, numbers, put, repeated, size, spread, turned, vector
 from .packing import Sparse, place_bits
 
 AT_ONCE = 64
@@ -249,8 +251,9 @@ def _attend_to_parts(
             _write(keys, recent_keys, channels, head, start, count, written)
             for each in range(queries):
                 row = vector(exact, each, channels)
-                for entry in range(count):
-                    logits[each, start - begin + entry] = total(row * vector(written, entry, channels))
+                for entry in range(0, count, WIDEST):  # what is behind the last is overwritten or never read
+                    place = (each * PART + start - begin + entry) // WIDEST
+                    put(logits, place, products(row, written, entry))
         for each in range(queries):
             highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: end - begin])
             put(mixtures, job * queries + each, repeated(np.float32(0), channels))

@@ -6,6 +6,7 @@ bfloat16 are multiplied two at a time where the processor can, exactly, and summ
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 
 from .compiled import WIDEST
 from .numba_loops import FEATURES, compiled
-from .numba_vectors import FLOAT, FREE, chosen, intrinsic, joined, load, place_of, put, size, vector
+from .numba_vectors import FLOAT, FREE, Vector, as_float, chosen, intrinsic, joined, load, place_of, put, size, vector
 
 ROWS = 6
 COLUMNS = 64 if "+avx512f" in FEATURES else 16
@@ -87,6 +88,56 @@ def add_product(typing_context: Any, sums: Any, left: Any, number: Any, right: A
         return joined(builder, parts)
 
     return sums(sums, left, number, right, index), generate
+
+
+@intrinsic
+def products(typing_context: Any, row: Any, array: Any, first: Any) -> Any:
+    """Of a vector of float32 and `WIDEST` entries of an array, from entry `first` on: as many sums of products.
+
+    Each sum by itself would take eight operations within its register; taken together they take three each.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count, kinds = signature.args[0].count, (signature.args[1], types.intp)
+        start = context.cast(builder, arguments[2], signature.args[2], types.intp)
+        runs = [range(run, run + WIDEST) for run in range(0, count, WIDEST)]
+        own, sums = [chosen(builder, arguments[0], run) for run in runs], []
+        for entry in range(WIDEST):
+            place = builder.add(start, ir.Constant(start.type, entry))
+            whole = as_float(builder, load(context, builder, kinds, (arguments[1], place), count), kinds[0].dtype)
+            parts = [builder.fmul(chosen(builder, whole, run), one, FREE) for run, one in zip(runs, own, strict=True)]
+            sums.append(reduce(partial(builder.fadd, flags=FREE), parts))
+        for left, right in FOLDS:
+            sums = [_folded(builder, *pair, left, right) for pair in zip(sums[::2], sums[1::2], strict=True)]
+        return sums[0]
+
+    assert row.count % WIDEST == 0, "entries fill whole registers"
+    return Vector(WIDEST)(row, array, first), generate
+
+
+def _quarters(*of_both: int) -> list[int]:
+    """A choice of four numbers, 4 to 7 those of the other vector, that is made in every quarter of two registers."""
+    return [quarter + each % 4 + each // 4 * WIDEST for quarter in range(0, WIDEST, 4) for each in of_both]
+
+
+def _whole_quarters(*of_both: int) -> list[int]:
+    """A choice of four quarters, 4 to 7 those of the other."""
+    return [4 * each + number for each in of_both for number in range(4)]
+
+
+FOLDS = (
+    (_quarters(0, 4, 1, 5), _quarters(2, 6, 3, 7)),
+    (_quarters(0, 1, 4, 5), _quarters(2, 3, 6, 7)),
+    (_whole_quarters(0, 2, 4, 6), _whole_quarters(1, 3, 5, 7)),
+    (_whole_quarters(0, 2, 4, 6), _whole_quarters(1, 3, 5, 7)),
+)
+"""How two vectors become one that has half as many parts of twice as many sums: what is added to what."""
+
+
+def _folded(builder: Any, one: Any, other: Any, left: list[int], right: list[int]) -> Any:
+    """The numbers of both at places `left`, and those at places `right` added to them."""
+    masks = (ir.Constant(ir.VectorType(ir.IntType(32), WIDEST), places) for places in (left, right))
+    return builder.fadd(*(builder.shuffle_vector(one, other, mask) for mask in masks), flags=FREE)
 
 
 @intrinsic

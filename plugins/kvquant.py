@@ -35,9 +35,8 @@ from kvfactory.nonuniform import (
     NonUniformColumn,
     PerToken,
     Ranges,
-    dynamic_outliers,
-    inner_range,
     normal_levels,
+    tamed,
     uniform_levels,
 )
 from kvfactory.quantisation import Bits, stored_dtype
@@ -135,9 +134,9 @@ class ValueEncoder(EachToken):
         at = positions()
         together = len(at) == 1 or bool((at == at[:1]).all())  # entries of all heads are the same tokens
         vectors = x.transpose(0, 1).flatten(1)[None] if together else x
-        outlying = dynamic_outliers(vectors, self.kvquant.outlier_ratio)
+        outlying, *ends = tamed(vectors, self.kvquant.outlier_ratio)
         dtype = stored_dtype(x, self.kvquant.scale_dtype)
-        ranges = PerToken.of(*(each.to(dtype) for each in inner_range(vectors, outlying)))
+        ranges = PerToken.of(*(each.to(dtype) for each in ends))
         outlying = outlying[0].unflatten(1, (len(x), -1)).transpose(0, 1) if together else outlying
         return self.column(x, outlying, at, ranges)
 

@@ -30,6 +30,7 @@ from kvfactory.nonuniform import (
     nearest,
     normal_levels,
     quantiles,
+    tamed,
     uniform_levels,
 )
 from kvfactory.packing import Sparse
@@ -63,6 +64,23 @@ def per_channel(x: Tensor, outlying: Tensor, bounds: tuple[Tensor, Tensor], leve
     return NonUniformColumn.of(
         x[None], outlying[None], Fixed(*(each[None] for each in bounds)), levels, bits
     ).decoded()[0]
+
+
+@settings(max_examples=200)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 200)),
+    share=st.sampled_from([0.0, 0.005, 0.01, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_outliers_and_ranges_in_one_call_are_those_of_two(
+    shape: tuple[int, int, int], share: float, dtype: torch.dtype, seed: int
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    outlying = dynamic_outliers(x, share)
+    for ours, expected in zip(tamed(x, share), (outlying, *inner_range(x, outlying)), strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.dtype == expected.dtype
 
 
 @pytest.mark.parametrize("case", ["dynamic_per_token", "dynamic_per_channel"])
