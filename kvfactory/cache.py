@@ -216,7 +216,9 @@ class CompressedCache(Cache):
     def _decode(self, row: int, layer: LayerBatch) -> Tensor:
         """One row's attention over its store, [query_heads, tokens, head_dim]; what padding attends to is nothing."""
         (cache,), padding = self.rows[row], self._padding[row]
-        query, key, value = (each[row, :, padding:] for each in (layer.query, layer.key, layer.value))
+        query, key, value = layer.query[row], layer.key[row], layer.value[row]
+        if padding:
+            query, key, value = query[:, padding:], key[:, padding:], value[:, padding:]
         if not query.shape[1]:
             return torch.zeros_like(layer.query[row])
         store = cache.stores[layer.index]

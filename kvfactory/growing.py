@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -42,13 +42,28 @@ class Growing:
     Whoever is first to put something behind it writes there; another, as after a fork, copies.
     """
 
-    __slots__ = ("_used", "held", "length")
+    __slots__ = ("_array", "_used", "held", "length")
 
-    def __init__(self, held: Tensor, length: int | None = None, used: list[int] | None = None) -> None:
-        """The first entries of what is held, or all; `used` has how many there are of all who share it."""
+    def __init__(
+        self, held: Tensor, length: int | None = None, used: list[int] | None = None, array: Any = None
+    ) -> None:
+        """The first entries of what is held, or all; `used` has how many there are of all who share it.
+
+        So is the `array` of all of them, if somebody asked for it.
+        """
         self.held = held
         self.length = held.shape[1] if length is None else length
         self._used = [self.length] if used is None else used
+        self._array = array
+
+    @property
+    def array(self) -> Any:
+        """What is held as compiled loops take it, looked at once for all who share it."""
+        if self._array is None:
+            from .numba_vectors import numbers  # late: nobody else waits for its import
+
+            self._array = numbers(self.held)
+        return self._array
 
     def joined(self, later: Tensor) -> Growing:
         """This and the entries of another tensor, of the same heads."""
@@ -58,14 +73,14 @@ class Growing:
 
     def extended(self, tokens: int) -> Growing:
         """This and room for so many entries, which whoever asks writes at once."""
-        held, length, used = self.held, self.length, self._used
+        held, length, used, array = self.held, self.length, self._used, self._array
         if used[0] != length or length + tokens > held.shape[1]:
             needed = length + tokens
             held = held.new_empty(held.shape[0], needed + needed // 32, *held.shape[2:])  # what it copies is small
             held.narrow(1, 0, length).copy_(self.read())
-            used = [length]
+            used, array = [length], None
         used[0] = length + tokens
-        return Growing(held, used[0], used)
+        return Growing(held, used[0], used, array)
 
     def read(self) -> Tensor:
         """[heads, length, ...], without the room."""

@@ -259,9 +259,7 @@ class NonUniformColumn(Column):
             return None
         from .numba_levels import tabled, with_exact  # late, too
 
-        levels = tabled(
-            self.packed.length, packed, *self.ranges.held(), self.ranges.of_tokens, self.table.levels, self.bits
-        )
+        levels = tabled(self.packed, *self.ranges.held(), self.ranges.of_tokens, self.table.levels, self.bits)
         return with_exact(levels, self.outliers)
 
     def keep(self, index: Tensor) -> NonUniformColumn:

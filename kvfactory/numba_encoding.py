@@ -14,15 +14,13 @@ from .numba_vectors import number, numbers, put, repeated, size
 HALVES = np.float32(2)
 
 
-def by_channels(
-    x: Tensor, packed: Tensor, scale: Tensor, least: Tensor, start: int, bits: int, group_size: int
-) -> None:
+def by_channels(x: Tensor, packed: Any, scale: Any, least: Any, start: int, bits: int, group_size: int) -> None:
     """Write what is made of entries x [heads, tokens, head_dim], in groups of channels, from entry `start` on.
 
-    Levels into packed bytes [heads, length, head_dim * bits / 8], scales and least numbers into [heads, length, groups], all
-    without gaps, to the bit as torch has them.
+    Levels into packed bytes [heads, length, head_dim * bits / 8], scales and least numbers into [heads, length, groups],
+    which are arrays as `numbers` gives them; to the bit as torch has them.
     """
-    _encode(numbers(x), numbers(packed), numbers(scale), numbers(least), size(1), start, bits, group_size)
+    _encode(numbers(x), packed, scale, least, size(1), start, bits, group_size)
 
 
 @exact

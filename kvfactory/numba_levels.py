@@ -14,6 +14,7 @@ from numba import prange
 from torch import Tensor
 
 from .compiled import WIDEST
+from .growing import Growing
 from .numba_kernels import join_parts, parts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
 from .numba_packed import levels, looked_up
@@ -66,15 +67,15 @@ class Encoded(NamedTuple):
 
 
 def uniform(
-    length: int, packed: Tensor, scale: Tensor, least: Tensor, counts: Tensor | None, bits: int, group_size: int
+    packed: Growing, scale: Growing, least: Growing, counts: Tensor | None, bits: int, group_size: int
 ) -> Encoded:
     """Levels that are equally far apart, as `quantisation.UniformColumn` has them.
 
     `counts` [heads, groups] are of its groups of entries, if any.
     """
-    ends = np.empty((len(packed), 0), np.int64) if counts is None else _ends(counts)
+    ends = np.empty((len(packed.held), 0), np.int64) if counts is None else _ends(counts)
     group = size(1 if counts is not None else group_size)
-    return Encoded(length, numbers(packed), numbers(scale), numbers(least), ends, size(bits), group)
+    return Encoded(packed.length, packed.array, scale.array, least.array, ends, size(bits), group)
 
 
 def corrected(column: Encoded, rows: Tensor, directions: Tensor, counts: Tensor) -> Encoded:
@@ -85,17 +86,16 @@ def corrected(column: Encoded, rows: Tensor, directions: Tensor, counts: Tensor)
     return column._replace(rows=numbers(rows), directions=numbers(directions), block_ends=_ends(counts))
 
 
-def tabled(
-    length: int, packed: Tensor, lower: Tensor, upper: Tensor, of_entries: bool, table: Tensor, bits: int
-) -> Encoded:
+def tabled(packed: Growing, lower: Tensor, upper: Tensor, of_entries: bool, table: Tensor, bits: int) -> Encoded:
     """Levels of a table [2 ** bits], from -1 to 1, in ranges as `nonuniform.Ranges` has them.
 
     Ranges are [heads or 1, length, 1], or [heads, 1, head_dim] for all entries.
     """
-    ends = np.empty((len(packed), 0), np.int64) if of_entries else np.full((len(packed), 1), length)
-    group = size(packed.shape[2] * 8 // bits if of_entries else 1)
+    heads, _, width = packed.held.shape
+    ends = np.empty((heads, 0), np.int64) if of_entries else np.full((heads, 1), packed.length)
+    group = size(width * 8 // bits if of_entries else 1)
     ranges = numbers(upper), numbers(lower)
-    return Encoded(length, numbers(packed), *ranges, ends, size(bits), group, table=numbers(table))
+    return Encoded(packed.length, packed.array, *ranges, ends, size(bits), group, table=numbers(table))
 
 
 def turned_by(column: Encoded, positions: Tensor, cos: Tensor, sin: Tensor) -> Encoded:

@@ -75,10 +75,10 @@ class UniformColumn(Column):
             from .numba_encoding import by_channels  # late, as elsewhere: nobody else waits for its import
 
             *shape, dim = x.shape
-            packed = x.new_empty(*shape, dim * bits // 8, dtype=torch.uint8)
-            scale, least = x.new_empty(2, *shape, -(-dim // group_size), dtype=dtype)
-            by_channels(x, packed, scale, least, 0, bits, group_size)
-            return cls.of(packed, scale, least, None, bits, group_size)
+            packed = Growing(x.new_empty(*shape, dim * bits // 8, dtype=torch.uint8))
+            ranges = [Growing(each) for each in x.new_empty(2, *shape, -(-dim // group_size), dtype=dtype)]
+            by_channels(x, packed.array, *(each.array for each in ranges), 0, bits, group_size)
+            return cls(packed, *ranges, None, bits, group_size)
         least, most = (_by_channels(exact, group_size, reduce) for reduce in (torch.amin, torch.amax))
         scale = (most - least) / (2**bits - 1)
         levels = _levels(x, *(_of_channels(each, group_size, x.shape[-1]) for each in (least, scale)), bits=bits)
@@ -91,7 +91,7 @@ class UniformColumn(Column):
         from .numba_encoding import by_channels  # late, too
 
         packed, scale, least = (each.extended(x.shape[1]) for each in (self.packed, self.scale, self.least))
-        by_channels(x, packed.held, scale.held, least.held, self.packed.length, *self._form)
+        by_channels(x, packed.array, scale.array, least.array, self.packed.length, *self._form)
         return UniformColumn(packed, scale, least, None, *self._form)
 
     def decoded(self) -> Tensor:
@@ -132,7 +132,7 @@ class UniformColumn(Column):
         from .numba_levels import uniform
 
         counts = None if self.groups is None else self.groups.counts
-        return uniform(self.packed.length, self.packed.held, self.scale.held, self.least.held, counts, *self._form)
+        return uniform(self.packed, self.scale, self.least, counts, *self._form)
 
     def _parts(self, step: int) -> Iterator[tuple[int, int]]:
         """Starts and ends of runs of entries, whole groups of `step`, that are worked on together."""
