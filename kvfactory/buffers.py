@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 from torch import Tensor
 
+from .compiled import has_numba
 from .growing import room_for
 from .indexing import entries
 
@@ -179,18 +180,33 @@ class PlainBuffer(Stackable, Buffer):
         return self.keys.narrow(1, 0, self.length), self.values.narrow(1, 0, self.length)
 
     def keep(self, index: Tensor) -> None:
-        self.replace(entries(self.keys, index), entries(self.values, index))
+        if not self._stays(index.shape[1]) or not has_numba(index.device):
+            self.replace(entries(self.keys, index), entries(self.values, index))
+            return
+        from .numba_keeping import move_to_front  # late: nobody else waits for its import
+
+        move_to_front(self.keys, self.values, index)
+        self._cut(index.shape[1])
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
-        self.length = keys.shape[1]
-        if self.shared or self.capacity != self.limit or self.length > self.limit:
+        length = keys.shape[1]
+        if self._stays(length):
+            self.keys[:, :length] = keys
+            self.values[:, :length] = values
+            self._cut(length)
+        else:
             self.hold(keys, values)
-            self.capacity = self.length
-        else:  # the room is what it should be
-            self.keys[:, : self.length] = keys
-            self.values[:, : self.length] = values
-            if self.stack is not None:
-                self.stack.cut(self.slot, self.length)
+            self.length = self.capacity = length
+
+    def _stays(self, length: int) -> bool:
+        """Whether so many entries are to lie where others lay: in tensors of its own that have the room they should."""
+        return not self.shared and self.capacity == self.limit and length <= self.limit
+
+    def _cut(self, length: int) -> None:
+        """Only the first entries are left."""
+        self.length = length
+        if self.stack is not None:
+            self.stack.cut(self.slot, length)
 
     def fork(self) -> Self:
         twin = super().fork()

@@ -76,9 +76,9 @@ class UniformColumn(Column):
 
             *shape, dim = x.shape
             packed = Growing(x.new_empty(*shape, dim * bits // 8, dtype=torch.uint8))
-            ranges = [Growing(each) for each in x.new_empty(2, *shape, -(-dim // group_size), dtype=dtype)]
-            by_channels(x, packed.array, *(each.array for each in ranges), 0, bits, group_size)
-            return cls(packed, *ranges, None, bits, group_size)
+            apart, low = (Growing(x.new_empty(*shape, -(-dim // group_size), dtype=dtype)) for _ in range(2))
+            by_channels(x, packed.array, apart.array, low.array, 0, bits, group_size)
+            return cls(packed, apart, low, None, bits, group_size)
         least, most = (_by_channels(exact, group_size, reduce) for reduce in (torch.amin, torch.amax))
         scale = (most - least) / (2**bits - 1)
         levels = _levels(x, *(_of_channels(each, group_size, x.shape[-1]) for each in (least, scale)), bits=bits)

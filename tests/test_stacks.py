@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +16,9 @@ from torch import Tensor
 from kvfactory import DenseStore, Engine, RaggedStore, Store, load_method
 from kvfactory.buffers import Stackable
 from kvfactory.cache import CompressedCache, LayerBatch, SequenceCache
-from kvfactory.kernels import KERNELS
+from kvfactory.kernels import KERNELS, Kernel, kernel_of
 from kvfactory.stacks import Stack, divided, stacked
-from kvfactory.testing import tiny_model, tiny_prompts
+from kvfactory.testing import compress_layer, tiny_model, tiny_prompts
 
 KV_HEADS, GROUP, DIM = 2, 3, 8
 METHOD = load_method("fullkv")
@@ -39,13 +41,35 @@ def skewed(length: int, generator: torch.Generator) -> Store:
     return ragged(length, generator, first=length // 2)
 
 
+def evicting(name: str, **settings: Any) -> Callable[..., Store]:
+    """Makes stores that a method goes on evicting from while decoding."""
+
+    def make(length: int, generator: torch.Generator, heads: int = KV_HEADS) -> Store:
+        granularity = "kv_head" if heads == KV_HEADS else "query_head"
+        method = load_method(name, budget=length, decode_budget="same", kv_cache_granularity=granularity, **settings)
+        query, key, value = (
+            torch.randn(h, 20, DIM, generator=generator) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+        )
+        return compress_layer(method, query, key, value)
+
+    return make
+
+
+EVICTING = {
+    "window": evicting("snapkv", window_size=2, decode_interval=3),
+    "sliding": evicting("streamingllm", sink_size=1),
+    "tracking": evicting("tova"),
+    "merging": evicting("snapkv", window_size=2, merge="weighted"),
+}
+
+
 def sequence(store: Store, seen: int = 100) -> SequenceCache:
     return SequenceCache(METHOD, [store], seen)
 
 
-def step(rows: list[SequenceCache], layer: LayerBatch) -> Tensor:
+def step(rows: list[SequenceCache], layer: LayerBatch, kernel: Kernel = KERNELS["sdpa"]) -> Tensor:
     """One token for these rows: their attention."""
-    cache = CompressedCache([[row] for row in rows], KERNELS["sdpa"], None)
+    cache = CompressedCache([[row] for row in rows], kernel, None)
     cache.begin(None, 1)
     output = cache.attend(layer, None)
     cache.end(1)
@@ -62,13 +86,13 @@ def row_of(layer: LayerBatch, row: int) -> LayerBatch:
     return replace(layer, query=q, key=k, value=v)
 
 
+@pytest.mark.parametrize("kernel", [KERNELS["sdpa"], kernel_of("sdpa", torch.float32, torch.device("cpu"))])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 99), heads=st.sampled_from([KV_HEADS, KV_HEADS * GROUP]))
-def test_company_changes_nothing(data: st.DataObject, seed: int, heads: int) -> None:
+def test_company_changes_nothing(kernel: Kernel, data: st.DataObject, seed: int, heads: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    made = data.draw(
-        st.lists(st.tuples(st.sampled_from([dense, ragged]), st.sampled_from([5, 8, 9, 11])), min_size=2, max_size=7)
-    )
+    makers = st.sampled_from([dense, ragged, *EVICTING.values()])
+    made = data.draw(st.lists(st.tuples(makers, st.sampled_from([5, 8, 9, 11])), min_size=2, max_size=7))
     together = [sequence(make(length, generator, heads)) for make, length in made]
     alone = [row.fork() for row in together]
     for _ in range(data.draw(st.integers(1, 30))):
@@ -78,15 +102,31 @@ def test_company_changes_nothing(data: st.DataObject, seed: int, heads: int) -> 
             alone.append(alone[which].fork())
         stepping = data.draw(st.lists(st.sampled_from(range(len(together))), min_size=1, unique=True))
         layer = token(len(stepping), generator)
-        outputs = step([together[row] for row in stepping], layer)
+        outputs = step([together[row] for row in stepping], layer, kernel)
         for place, row in enumerate(stepping):
-            expected = step([alone[row]], row_of(layer, place))[0]
+            expected = step([alone[row]], row_of(layer, place), kernel)[0]
             torch.testing.assert_close(outputs[place], expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.seen == theirs.seen and ours.nbytes() == theirs.nbytes()
+        assert ours.kept() == theirs.kept()
         for side in ("positions", "keys", "values"):
             for a, b in zip(getattr(ours.stores[0], side)(), getattr(theirs.stores[0], side)(), strict=True):
                 assert torch.equal(a, b)
+
+
+def test_rows_that_evict_stay_in_company() -> None:
+    """They let go of entries where these lie: a step moves no row to another stack."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [sequence(make(9, generator)) for make in EVICTING.values() for _ in range(3)]
+    stacks = []
+    for _ in range(12):
+        step(rows, token(len(rows), generator))
+        stacks.append([entries_of(row).stack for row in rows])
+    assert None not in stacks[-1] and stacks[-1] == stacks[0]
+    assert len({*stacks[0]}) == 2, "those that are told weights are among themselves"
+    twin, before = rows[0].fork(), [each.clone() for each in rows[0].stores[0].values()]
+    step(rows, token(len(rows), generator))
+    assert all(map(torch.equal, twin.stores[0].values(), before)), "nobody evicts from another's entries"
 
 
 def entries_of(row: SequenceCache) -> Stackable:
