@@ -164,7 +164,7 @@ class CompressedCache(Cache):
                 of_rows, weights = stack.step(self.kernel, [held[row] for row in rows], query, key, value)
                 attended.append(of_rows)
                 for place, row in enumerate(rows):
-                    if stores[row].acts:
+                    if stores[row].acts:  # it hears of its query, and is answered already
                         stores[row].read(query[place])
                         stores[row].observe(None if weights is None else own_weights(weights[place], held[row]))
             output.index_copy_(0, index, torch.cat(attended))

@@ -126,11 +126,8 @@ def _tame(x: Any, ranks: Any, outlying: Any, lower: Any, upper: Any) -> None:
         ascending = np.sort(own)
         for which in range(3):
             below = int(ranks[which])
-            weight, least, most = (
-                np.float32(ranks[which] - below),
-                ascending[below],
-                ascending[min(below + 1, count - 1)],
-            )
+            weight, least = np.float32(ranks[which] - below), ascending[below]
+            most = ascending[min(below + 1, count - 1)]
             near = weight < np.float32(0.5)  # as torch's lerp
             at[which] = least + weight * (most - least) if near else most - (most - least) * (np.float32(1) - weight)
         for channel in range(count):

@@ -24,6 +24,7 @@ AT_ONCE = 1024
 
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """As `Kernel.newest`, in bfloat16 or float32 with sums in float32; a head has one entry at least."""
+    alike(query, keys, values)
     rows, heads, _, dim = keys.shape
     keys, values = side_by_side(keys), side_by_side(values)
     folded = query.reshape(rows * heads, -1, dim)
@@ -32,6 +33,7 @@ def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) 
 
 def watched(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `Kernel.watched`, under the same conditions."""
+    alike(query, keys, values)
     rows, heads, length, dim = keys.shape
     keys, values = side_by_side(keys), side_by_side(values)
     folded = query.reshape(rows * heads, -1, dim).contiguous()
@@ -43,6 +45,7 @@ def watched(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None)
 
 def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     """As `Kernel.ragged`, under the same conditions."""
+    alike(query, *keys, *values)
     keys, values = ([each.contiguous() for each in side] for side in (keys, values))
     of_keys, of_values = (np.array([each.data_ptr() for each in side]) for side in (keys, values))
     lengths = np.array([len(each) for each in keys])
@@ -64,6 +67,12 @@ def starts_of(x: Tensor) -> Any:
 def lengths_of(x: Tensor, lengths: Tensor | None) -> Any:
     """How many entries each head of x [rows, heads, length, head_dim] has, [rows * heads], int64: all of them if None."""
     return np.full(x.shape[0] * x.shape[1], x.shape[2]) if lengths is None else lengths.numpy().ravel()
+
+
+def alike(query: Tensor, *sides: Tensor) -> None:
+    """See that loops which are told one type read no other's numbers."""
+    for each in sides:
+        assert each.dtype == query.dtype, f"entries are of {each.dtype}, and the query is of {query.dtype}"
 
 
 def _attend(query: Tensor, keys: Any, values: Any, lengths: Any) -> Tensor:

@@ -110,6 +110,13 @@ def test_queries_are_read_in_their_own_order(dtype: torch.dtype) -> None:
         torch.testing.assert_close(newest.double(), expected, **tolerance(dtype))
 
 
+def test_numbers_of_another_type_are_not_read() -> None:
+    query, entries = torch.ones(1, 1, 1, 8), torch.ones(1, 1, 3, 8, dtype=torch.bfloat16)
+    for attend in (numba_kernels.newest, numba_kernels.watched):
+        with pytest.raises(AssertionError, match="bfloat16"):
+            attend(query, entries, entries, None)
+
+
 def test_what_is_no_number_is_not_hidden() -> None:
     keys = torch.ones(1, 1, 30, 8)
     keys[0, 0, 3, 2] = torch.nan
