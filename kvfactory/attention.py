@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache import CompressedCache, LayerBatch, SequenceCache
+from .compiled import has_vectors
 from .errors import UserError, unknown
 from .kernels import kernel_of
 from .method import Method
@@ -90,6 +91,19 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-right, left), dim=-1)
 
 
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key [batch, heads, tokens, head_dim] turned as the stock model turns them, to the bit.
+
+    Cos and sin are [batch or 1, 1, tokens, head_dim], twice half of it.
+    """
+    is_step = query.shape[2] == 1 and query.dtype == cos.dtype == torch.bfloat16
+    if is_step and has_vectors(query.device, query.shape[-1]):
+        from . import numba_rotary  # late: nobody else waits for its import
+
+        return numba_rotary.rotate(query, key, cos, sin)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
 def attention_forward(
     module: Any,
     family: Family,
@@ -130,8 +144,7 @@ def attention_forward(
     key = split(module.k_proj(hidden_states), module.num_key_value_heads)
     value = split(module.v_proj(hidden_states), module.num_key_value_heads)
     cos, sin = family.rotary(module, value, position_ids, position_embeddings, cache.get_seq_length() + tokens)
-    cos, sin = cos[:, None], sin[:, None]
-    query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    query, key = rotate(query, key, cos[:, None], sin[:, None])
     layer = LayerBatch(module.layer_idx, module.config.num_hidden_layers, query, key, value, hidden_states)
     output = cache.attend(layer, attention_mask)
     output = output.transpose(1, 2).contiguous().reshape(batch, tokens, -1)

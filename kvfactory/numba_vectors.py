@@ -121,12 +121,8 @@ def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """Write a vector as entry `index` of an array without gaps, of float32 or rounded to the numbers of two bytes there."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        held, kind = arguments[2], signature.args[0].dtype
-        if kind == types.uint16:
-            held = rounded(builder, held)
-        elif kind == types.int16:
-            half = builder.fptrunc(held, ir.VectorType(ir.HalfType(), held.type.count))
-            held = builder.bitcast(half, ir.VectorType(ir.IntType(16), held.type.count))
+        kind = signature.args[0].dtype
+        held = as_held(builder, arguments[2], kind)
         where = place_of(context, builder, signature.args, arguments, held.type)
         builder.store(held, where, align=kind.bitwidth // 8)
         return context.get_dummy_value()
@@ -189,6 +185,29 @@ def turned(typing_context: Any, value: Any, cos: Any, sin: Any, index: Any) -> A
     return value(value, cos, sin, index), generate
 
 
+@intrinsic
+def half_turned(typing_context: Any, value: Any) -> Any:
+    """The two halves of a vector, (left, right), as (-right, left)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = arguments[0].type.count // 2
+        left, right = (chosen(builder, arguments[0], range(start, start + half)) for start in (0, half))
+        return joined(builder, [builder.fneg(right), left])
+
+    return value(value), generate
+
+
+@intrinsic
+def rounded_as(typing_context: Any, value: Any, array: Any) -> Any:
+    """A vector, float32, as it would be read from an array that it was put into."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[1].dtype
+        return as_float(builder, as_held(builder, arguments[0], kind), kind)
+
+    return value(value, array), generate
+
+
 def _between(operation: Callable[..., Any], name: str) -> None:
     """Let compiled functions do this to two vectors."""
 
@@ -241,12 +260,17 @@ def as_float(builder: Any, numbers: Any, kind: Any) -> Any:
     return builder.sitofp(wide, exact)
 
 
-def rounded(builder: Any, numbers: Any) -> Any:
-    """Numbers, float32, as the bits of the nearest bfloat16 each, the even one of two; what is no number stays none."""
+def as_held(builder: Any, numbers: Any, kind: Any) -> Any:
+    """Numbers, float32, as an array of this kind holds them: the nearest there is, of two the even one."""
+    if kind == types.float32:
+        return numbers
+    if kind == types.int16:
+        half = builder.fptrunc(numbers, ir.VectorType(ir.HalfType(), numbers.type.count))
+        return builder.bitcast(half, ir.VectorType(ir.IntType(16), numbers.type.count))
     bits = builder.bitcast(numbers, ir.VectorType(ir.IntType(32), numbers.type.count))
     is_odd = builder.and_(builder.lshr(bits, all_of(bits, 16)), all_of(bits, 1))
     up = builder.add(bits, builder.add(is_odd, all_of(bits, 0x7FFF)))
-    none = builder.fcmp_unordered("uno", numbers, numbers)
+    none = builder.fcmp_unordered("uno", numbers, numbers)  # what is no number stays none
     upper = builder.lshr(builder.select(none, all_of(bits, 0x7FC00000), up), all_of(bits, 16))
     return builder.trunc(upper, ir.VectorType(ir.IntType(16), numbers.type.count))
 

@@ -26,6 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from kvfactory import Engine, LayerContext, load_method
+from kvfactory.attention import rotate
 from kvfactory.inference import PackedLinear, StepNorm, for_inference
 from kvfactory.kernels import KERNELS, kernel_of, sdpa_prefill
 from kvfactory.quantisation import UniformColumn
@@ -283,6 +284,31 @@ def test_a_model_for_inference_computes_what_it_did_before() -> None:
         assert bool(packed) == (dtype == torch.bfloat16)
         assert not packed or not any(type(each) is torch.nn.Linear for each in model.modules())
         assert len(Engine(model).decode(Engine(model).prefill(ids, [load_method("fullkv")]), 3)[0]) == 3
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 5),
+    heads=st.sampled_from([(9, 3), (4, 4)]),
+    dim=st.sampled_from([16, 80]),
+    alike=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_single_tokens_are_turned_as_the_model_turns_them_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, rows: int, heads: tuple[int, int], dim: int, alike: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(rows, 1, h, dim, generator=generator).bfloat16().transpose(1, 2) for h in heads)
+    cos, sin = torch.randn(2, 1 if alike else rows, 1, 1, dim, generator=generator).bfloat16()
+    query[0, 0, 0, 0], key[0, 0, 0, 1] = torch.inf, torch.nan
+    before = query.clone(), key.clone()
+    ours = rotate(query, key, cos, sin)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvfactory.compiled.is_installed", lambda: False)
+        theirs = rotate(query, key, cos, sin)
+    for x, y, given_, kept in zip(ours, theirs, (query, key), before, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(given_, kept, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("norm", [LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, MixtralRMSNorm])
