@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,8 +11,13 @@ import torch
 
 @cache
 def is_installed() -> bool:
-    """Whether Numba can be imported, looked up once: every layer of every step asks."""
-    return find_spec("numba") is not None
+    """Whether Numba can be imported and used, looked up once: every layer of every step asks."""
+    return find_spec("numba") is not None and not _lacks_float16()
+
+
+def _lacks_float16() -> bool:
+    """Whether it is an x86 processor without AVX2, for whose float16 the compiler calls functions that nobody has."""
+    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 
 
 WIDEST = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -25,14 +24,14 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from kvfactory import Engine, LayerContext, load_method
+from kvfactory import Engine, LayerContext, compiled, load_method
 from kvfactory.attention import rotate
 from kvfactory.inference import PackedLinear, StepNorm, for_inference
 from kvfactory.kernels import KERNELS, kernel_of, sdpa_prefill
 from kvfactory.quantisation import UniformColumn
 from kvfactory.testing import tiny_model, tiny_prompts
 
-if importlib.util.find_spec("numba") is None:
+if not compiled.is_installed():
     pytest.skip("numba is not installed", allow_module_level=True)
 
 from kvfactory import numba_kernels, numba_levels, numba_loops
@@ -252,6 +251,17 @@ def test_other_kernels_and_devices_have_no_compiled_steps(monkeypatch: pytest.Mo
     assert kernel_of("sdpa", torch.bfloat16, torch.device("cuda")) is KERNELS["sdpa"]
     monkeypatch.setattr("kvfactory.compiled.is_installed", lambda: False)
     assert kernel_of("sdpa", torch.float32, CPU) is KERNELS["sdpa"]
+
+
+def test_old_processors_have_no_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, capability, used in (
+        ("x86_64", "AVX2", True),
+        ("x86_64", "DEFAULT", False),
+        ("aarch64", "DEFAULT", True),
+    ):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
+        assert compiled.is_installed.__wrapped__() == used
 
 
 def test_tokens_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,13 +15,13 @@ from test_minference import plain, seen
 from test_triton_kernels import plain_mass
 from torch import Tensor
 
-from kvfactory import LayerContext
+from kvfactory import LayerContext, compiled
 from kvfactory.kernels import sdpa_prefill
 from kvfactory.moments import quadratic, turned_moments
 from kvfactory.rotary import angles, turn
 from kvfactory.sparse import Blocks, Lines, compiled_attention
 
-if importlib.util.find_spec("numba") is None:
+if not compiled.is_installed():
     pytest.skip("numba is not installed", allow_module_level=True)
 
 import numpy as np

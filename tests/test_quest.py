@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from kvfactory_plugins.quest import PagedStore, Quest, page_bounds, page_scores
 from test_golden_methods import Golden
 from torch import Tensor
 
-from kvfactory import DenseStore, Engine, HeadwiseStore, Reading, UserError, compress, load_method
+from kvfactory import DenseStore, Engine, HeadwiseStore, Reading, UserError, compiled, compress, load_method
 from kvfactory.kernels import KERNELS, decode_attention
 from kvfactory.method import Method
 from kvfactory.registry import get_registry
@@ -111,7 +110,7 @@ def test_bounds_kept_up_to_date_are_those_made_anew(prompt: int, steps: list[int
     assert all(torch.equal(*each) for each in zip(pages.bounds(), page_bounds(k, size), strict=True))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.skipif(not compiled.is_installed(), reason="numba is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=30)
 @given(st.data())
