@@ -184,10 +184,13 @@ import resource, sys, torch
 from kvfactory.models import prepare_process
 if sys.argv[1:]:
     prepare_process(threads=1)
+def work(times):
+    for _ in range(times):
+        several = [torch.ones(2**20) for _ in range(3)]
+        del several
+work(2)  # whoever keeps memory has it from here on
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(40):
-    several = [torch.ones(2**20) for _ in range(3)]
-    del several
+work(40)
 print(torch.get_num_threads(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -197,7 +200,7 @@ print(torch.get_num_threads(), resource.getrusage(resource.RUSAGE_SELF).ru_minfl
         return threads, int(count)
 
     threads, kept = faults("prepared")
-    assert threads == "1" and kept < faults()[1] / 4
+    assert threads == "1" and kept < 100 < faults()[1], "glibc alone gives some back, or nearly all, as the heap lies"
 
 
 @pytest.mark.parametrize(
