@@ -58,7 +58,10 @@ class Growing:
 
     @property
     def array(self) -> Any:
-        """What is held as compiled loops take it, looked at once for all who share it."""
+        """What is held as compiled loops take it, looked at once for all who share it.
+
+        Where there is room behind the entries nothing has gaps, and what is written to one is in the other.
+        """
         if self._array is None:
             from .numba_vectors import numbers  # late: nobody else waits for its import
 

@@ -70,7 +70,6 @@ class UniformColumn(Column):
     @classmethod
     def per_token(cls, x: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> UniformColumn:
         """Groups of channels of each entry of x [heads, length, head_dim]; the last may be short."""
-        exact = x.float()
         if has_numba(x.device):
             from .numba_encoding import by_channels  # late, as elsewhere: nobody else waits for its import
 
@@ -79,6 +78,7 @@ class UniformColumn(Column):
             apart, low = (Growing(x.new_empty(*shape, -(-dim // group_size), dtype=dtype)) for _ in range(2))
             by_channels(x, packed.array, apart.array, low.array, 0, bits, group_size)
             return cls(packed, apart, low, None, bits, group_size)
+        exact = x.float()
         least, most = (_by_channels(exact, group_size, reduce) for reduce in (torch.amin, torch.amax))
         scale = (most - least) / (2**bits - 1)
         levels = _levels(x, *(_of_channels(each, group_size, x.shape[-1]) for each in (least, scale)), bits=bits)

@@ -25,7 +25,7 @@ class Stack:
     """The entries of some rows, a slot each: as many heads in all of them, and the same room in each head."""
 
     keys: Tensor
-    """[slots, heads, capacity, head_dim]; what is behind a head's entries is 0, because weights of 0 meet it."""
+    """[slots, heads, capacity, head_dim]; what is behind a head's entries is 0 or was one, because weights of 0 meet it."""
     values: Tensor
 
     def __init__(self, held: Sequence[Stackable]) -> None:
