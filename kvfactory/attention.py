@@ -6,6 +6,7 @@ Layers are patched one by one and unpatched on exit; no class, and no other mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -104,6 +105,12 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
 
+def project(module: Any, hidden: Tensor) -> SequenceOf[Tensor]:
+    """Queries, keys and values of hidden states [batch, tokens, hidden_size], heads side by side."""
+    together = getattr(module, "query_key_value", None)  # `for_inference` puts it there
+    return together(hidden) if together else [module.q_proj(hidden), module.k_proj(hidden), module.v_proj(hidden)]
+
+
 def attention_forward(
     module: Any,
     family: Family,
@@ -140,9 +147,9 @@ def attention_forward(
     def split(projected: Tensor, heads: int) -> Tensor:
         return projected.view(batch, tokens, heads, module.head_dim).transpose(1, 2)
 
-    query = split(module.q_proj(hidden_states), module.num_heads)
-    key = split(module.k_proj(hidden_states), module.num_key_value_heads)
-    value = split(module.v_proj(hidden_states), module.num_key_value_heads)
+    projected = project(module, hidden_states)
+    counts = module.num_heads, module.num_key_value_heads, module.num_key_value_heads
+    query, key, value = (split(each, heads) for each, heads in zip(projected, counts, strict=True))
     cos, sin = family.rotary(module, value, position_ids, position_embeddings, cache.get_seq_length() + tokens)
     query, key = rotate(query, key, cos[:, None], sin[:, None])
     layer = LayerBatch(module.layer_idx, module.config.num_hidden_layers, query, key, value, hidden_states)

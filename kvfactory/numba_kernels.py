@@ -16,10 +16,12 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
-from .numba_vectors import numbers, put, repeated, size, total, vector
+from .numba_vectors import ask_for, numbers, put, repeated, size, total, vector
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
+AHEAD = 64
+"""Entries between the one that is read and the one that memory is asked for."""
 
 
 def newest(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
@@ -146,6 +148,7 @@ def _attend_to_parts(
         for each in range(queries):
             put(exact, each, scale * vector(query, head * queries + each, channels))
         for at in range(start, stop):
+            ask_for(of_keys, at + AHEAD, channels)
             key = vector(of_keys, at, channels)
             for each in range(queries):
                 logits[each, at - start] = total(key * vector(exact, each, channels))
@@ -153,6 +156,7 @@ def _attend_to_parts(
             highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: stop - start])
             mixture = repeated(np.float32(0), channels)
             for at in range(start, stop):
+                ask_for(of_values, at + AHEAD, channels)
                 mixture = mixture + repeated(logits[each, at - start], channels) * vector(of_values, at, channels)
             put(mixed, (head * parts + part) * queries + each, mixture)
 

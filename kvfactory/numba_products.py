@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from .compiled import WIDEST
 from .numba_loops import FEATURES, compiled
-from .numba_vectors import FLOAT, FREE, Vector, as_float, chosen, intrinsic, joined, load, place_of, put, size, vector
+from .numba_vectors import FREE, Vector, as_float, chosen, intrinsic, joined, load, place_of, put, size, vector
 
 ROWS = 6
 COLUMNS = 64 if "+avx512f" in FEATURES else 16
@@ -76,18 +76,44 @@ def add_product(typing_context: Any, sums: Any, left: Any, number: Any, right: A
         if kinds[0].dtype == types.float32:
             return builder.fadd(before, builder.fmul(many, chosen(builder, one, [0] * width), FREE), FREE)
         assert kinds[0].dtype == kinds[2].dtype == types.int32, "products are of float32 or of pairs of bfloat16"
-        numbers, pairs = ir.VectorType(FLOAT, WIDEST), ir.VectorType(_BFloat16(), 2 * WIDEST)
-        kind = ir.FunctionType(numbers, [numbers, pairs, pairs])
-        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        everywhere = builder.bitcast(chosen(builder, one, [0] * WIDEST), pairs)
+        everywhere = chosen(builder, one, [0] * WIDEST)
         parts = []
         for start in range(0, width, WIDEST):
             some = range(start, start + WIDEST)
-            part = builder.bitcast(chosen(builder, many, some), pairs)
-            parts.append(builder.call(add, [chosen(builder, before, some), part, everywhere]))
+            parts.append(_add_pairs(builder, chosen(builder, before, some), chosen(builder, many, some), everywhere))
         return joined(builder, parts)
 
     return sums(sums, left, number, right, index), generate
+
+
+def _add_pairs(builder: Any, sums: Any, some: Any, others: Any) -> Any:
+    """`WIDEST` sums, and to each the products of two numbers in bfloat16 by two others; all are vectors of 64 bytes."""
+    pairs = ir.VectorType(_BFloat16(), 2 * WIDEST)
+    kind = ir.FunctionType(sums.type, [sums.type, pairs, pairs])
+    add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(add, [sums, builder.bitcast(some, pairs), builder.bitcast(others, pairs)])
+
+
+@intrinsic
+def add_entries(typing_context: Any, sums: Any, left: Any, place: Any, right: Any, index: Any) -> Any:
+    """`WIDEST` sums, and the products of an entry of `left` and one of `right`, which have twice as many numbers each.
+
+    Arrays are as `numbers` gives them: float32, or bfloat16, which is multiplied by pairs where the processor can.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        before, *places = arguments
+        kinds = signature.args[1:]
+        both = [load(context, builder, kinds[at : at + 2], places[at : at + 2], 2 * WIDEST) for at in (0, 2)]
+        if PAIRS and kinds[0].dtype == kinds[2].dtype == types.uint16:
+            return _add_pairs(builder, before, *both)
+        one, other = (as_float(builder, each, kind.dtype) for each, kind in zip(both, kinds[::2], strict=True))
+        for start in (0, WIDEST):
+            half = (chosen(builder, each, range(start, start + WIDEST)) for each in (one, other))
+            before = builder.fadd(before, builder.fmul(*half, flags=FREE), flags=FREE)
+        return before
+
+    return sums(sums, left, place, right, index), generate
 
 
 @intrinsic

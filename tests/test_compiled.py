@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +16,9 @@ from kvfactory_plugins.gear import GEAR
 from test_triton_kernels import plain_mass
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.cohere.modeling_cohere import CohereLayerNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from kvfactory import Engine, LayerContext, compiled, load_method
 from kvfactory.attention import rotate
-from kvfactory.inference import PackedLinear, StepNorm, for_inference
 from kvfactory.kernels import KERNELS, kernel_of, sdpa_prefill
 from kvfactory.quantisation import UniformColumn
 from kvfactory.testing import tiny_model, tiny_prompts
@@ -282,20 +274,6 @@ def test_tokens_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> N
     assert run() == with_numba
 
 
-def test_a_model_for_inference_computes_what_it_did_before() -> None:
-    (ids,), _ = tiny_prompts(40)
-    for dtype in DTYPES:
-        model = deepcopy(tiny_model(dtype=dtype))
-        with torch.no_grad():
-            before = model(ids[None]).logits
-            assert for_inference(model) is model
-            assert torch.equal(model(ids[None]).logits, before)
-        packed = [each for each in model.modules() if isinstance(each, PackedLinear)]
-        assert bool(packed) == (dtype == torch.bfloat16)
-        assert not packed or not any(type(each) is torch.nn.Linear for each in model.modules())
-        assert len(Engine(model).decode(Engine(model).prefill(ids, [load_method("fullkv")]), 3)[0]) == 3
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 5),
@@ -319,27 +297,6 @@ def test_single_tokens_are_turned_as_the_model_turns_them_to_the_bit(
     for x, y, given_, kept in zip(ours, theirs, (query, key), before, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(given_, kept, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("norm", [LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, MixtralRMSNorm])
-@pytest.mark.parametrize("size", [64, 576])
-def test_norms_of_single_tokens_are_the_models_own(norm: type[Any], size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    own = norm(size, eps=1e-5).to(torch.bfloat16)
-    own.weight.data = torch.randn(size, generator=generator).to(torch.bfloat16)
-    assert StepNorm.fits(own)
-    step, x = StepNorm(own), (3 * torch.randn(500, 1, size, generator=generator)).to(torch.bfloat16)
-    x[0], x[1, 0, 3] = 0, torch.nan
-    ours, theirs = step(x), own(x)
-    assert (ours != theirs)[2:].float().mean() < 1e-3, "another order of sums is seldom seen"
-    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0, equal_nan=True)
-    assert torch.equal(step(x[2:].transpose(0, 1)), own(x[2:].transpose(0, 1))), "prompts get the model's own"
-
-
-def test_what_is_no_such_norm_is_left_as_it_is() -> None:
-    others = [CohereLayerNorm(64), LlamaRMSNorm(63), torch.nn.LayerNorm(64), LlamaRMSNorm(64)]
-    assert not any(StepNorm.fits(each.to(torch.bfloat16)) for each in others[:-1])
-    assert not StepNorm.fits(others[-1].float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
