@@ -151,24 +151,17 @@ class CompressedCache(Cache):
             return output
         if len(self.rows) == 1:
             return self._decode(0, layer)[None]
-        output = torch.empty_like(layer.query)
+        output = layer.query.new_empty(layer.query.shape)
         stores = [cache.stores[layer.index] for (cache,) in self.rows]
-        held = self._stackable(layer, stores)
-        together = stacked(held, self.kernel)
-        if together:
-            index = torch.tensor([row for _, rows in together for row in rows], device=output.device)
-            sizes = [len(rows) for _, rows in together]
-            parts = (each.index_select(0, index).split(sizes) for each in (layer.query, layer.key, layer.value))
-            attended = []
-            for (stack, rows), query, key, value in zip(together, *parts, strict=True):
-                of_rows, weights = stack.step(self.kernel, [held[row] for row in rows], query, key, value)
-                attended.append(of_rows)
-                for place, row in enumerate(rows):
-                    if stores[row].acts:  # it hears of its query, and is answered already
-                        stores[row].read(query[place])
-                        stores[row].observe(None if weights is None else own_weights(weights[place], held[row]))
-            output.index_copy_(0, index, torch.cat(attended))
-        for row in {*range(len(self.rows))}.difference(*(rows for _, rows in together)):
+        alone = {*range(len(stores))}
+        for stack, held in stacked(self._stackable(layer, stores), self.kernel):
+            weights = stack.step(self.kernel, held, layer, output)
+            alone.difference_update(held)
+            for place, (row, entries) in enumerate(held.items()):
+                if stores[row].acts:  # it hears of its query, and is answered already
+                    stores[row].read(layer.query[row])
+                    stores[row].observe(None if weights is None else own_weights(weights[place], entries))
+        for row in alone:
             output[row] = self._decode(row, layer)
         return output
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from .compiled import has_numba
 from .context import LayerContext
 from .stores import Reading
+
+if TYPE_CHECKING:
+    from .stacks import Stack
+
+
+Newest = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Watched = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,16 @@ class Kernel:
     decode: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """(query [rows, heads, queries, dim], keys and values [rows, heads, length, dim], allowed bool [rows, heads, queries,
     length], each of its first three perhaps 1, or None) -> output shaped like the query."""
-    newest: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    newest: Newest
     """`decode` of tokens that see all there is: of lengths [rows, heads], int64, or all that there is room for if None."""
-    watched: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    watched: Watched
     """`newest`, with the weights [rows, heads, queries, length] in float32 beside the output; 0 behind a head's entries."""
     ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
+    step_together: Callable[[Tensor, Tensor, Tensor, Tensor, Stack, Tensor, Tensor], Tensor | None]
+    """(query, key and value [batch, heads, 1, dim], rows of them [count], a stack, the slots of these rows [count], output
+    shaped like the query): append the newest tokens of rows to what is in slots, and attend; the output of other rows
+    stays. Rows and slots are int64 on the host. Returns weights [count, stored heads, queries, length] if watched."""
     masks: bool = True
     """Whether lengths that differ are its own business; else they go to another kernel."""
     call: int = 1024
@@ -161,6 +172,39 @@ def by_mask(
     return decode(query, keys, values, own[:, :, None])
 
 
+def stacked_step(
+    newest: Newest,
+    watched: Watched,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    stack: Stack,
+    slots: Tensor,
+    output: Tensor,
+) -> Tensor | None:
+    """As `Kernel.step_together`, by its `newest` and `watched`."""
+    heads, capacity, dim = stack.keys.shape[1:]
+    starts = torch.arange(stack.lengths.numel()).view_as(stack.lengths) * capacity
+    ends = (starts + stack.lengths)[slots].flatten().to(query.device)
+    rows, device_slots = rows.to(query.device), slots.to(query.device)
+    for entries, new in ((stack.keys, key), (stack.values, value)):
+        of_heads = new[rows].repeat_interleave(heads // new.shape[1], 1)
+        entries.view(-1, dim).index_copy_(0, ends, of_heads.flatten(0, 2))
+    stack.lengths[slots] += 1
+    shortest, longest = map(int, stack.lengths.aminmax())
+    everyone = query.new_zeros(stack.slots, heads, query.shape[1] // heads, dim)  # those who left ask for nothing
+    everyone[device_slots] = query[rows].view(-1, *everyone.shape[1:])
+    seen = stack.keys[:, :, :longest], stack.values[:, :, :longest]
+    lengths = None if shortest == longest else stack.lengths.to(query.device)
+    if stack.watched:
+        attended, weights = watched(everyone, *seen, lengths)
+    else:
+        attended, weights = newest(everyone, *seen, lengths), None
+    output[rows] = attended[device_slots].view(-1, *output.shape[1:])
+    return None if weights is None else weights[device_slots]
+
+
 def head_by_head(
     decode: Callable[[Tensor, Tensor, Tensor, None], Tensor], query: Tensor, keys: list[Tensor], values: list[Tensor]
 ) -> Tensor:
@@ -187,7 +231,8 @@ def flash_ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
 def in_torch(prefill: Callable[..., tuple[Tensor, Tensor | None]], decode: Callable[..., Tensor]) -> Kernel:
     """A kernel made of two functions."""
     newest, watched = partial(by_mask, decode), partial(by_mask, attend_with_weights)
-    return Kernel(prefill, decode, newest, watched, partial(head_by_head, decode))
+    ragged, together = partial(head_by_head, decode), partial(stacked_step, newest, watched)
+    return Kernel(prefill, decode, newest, watched, ragged, together)
 
 
 KERNELS = {
@@ -209,6 +254,7 @@ def kernel_of(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
         newest=numba_kernels.newest,
         watched=numba_kernels.watched,
         ragged=numba_kernels.ragged,
+        step_together=numba_kernels.step_together,
         call=COMPILED_CALL,
     )
 

@@ -7,7 +7,7 @@ token, and a mask where heads differ in length.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
 from .numba_vectors import ask_for, numbers, put, repeated, size, total, vector
+
+if TYPE_CHECKING:
+    from .stacks import Stack
 
 AT_ONCE = 1024
 """Entries of a head that a thread attends to before another may go on with the rest."""
@@ -40,9 +43,29 @@ def watched(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None)
     keys, values = side_by_side(keys), side_by_side(values)
     folded = query.reshape(rows * heads, -1, dim).contiguous()
     output, weights = torch.empty_like(folded), np.zeros((*folded.shape[:2], length), np.float32)
-    places = starts_of(keys), starts_of(values), lengths_of(keys, lengths)
-    run(_weigh, _weigh_in_threads, size(dim), numbers(folded), *places, weights, numbers(output))
+    held = starts_of(keys), starts_of(values), lengths_of(keys, lengths), np.arange(len(folded))
+    run(_weigh, _weigh_in_threads, size(dim), numbers(folded), *held, weights, numbers(output))
     return output.view_as(query), torch.from_numpy(weights).view(rows, heads, -1, length)
+
+
+def step_together(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, stack: Stack, slots: Tensor, output: Tensor
+) -> Tensor | None:
+    """As `Kernel.step_together`, under the same conditions: where rows lie there and here is looked up in one call."""
+    alike(query, key, value, stack.keys, stack.values)
+    heads, channels = stack.keys.shape[1], size(query.shape[-1])
+    queries, attended = (
+        numbers(each).reshape(-1, query.shape[1] // heads, query.shape[-1]) for each in (query, output)
+    )
+    tokens, entries = (numbers(key), numbers(value)), (numbers(stack.keys), numbers(stack.values))
+    held = _append(channels, tokens, entries, rows.numpy(), slots.numpy(), stack.lengths.numpy())
+    if not stack.watched:
+        run(_attend_alone, _attend_in_threads, channels, queries, *held, attended)
+        return None
+    lengths = held[2]
+    weights = np.zeros((len(lengths), queries.shape[1], lengths.max()), np.float32)
+    run(_weigh, _weigh_in_threads, channels, queries, *held, weights, attended)
+    return torch.from_numpy(weights).unflatten(0, (-1, heads))
 
 
 def ragged(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -81,8 +104,8 @@ def _attend(query: Tensor, keys: Any, values: Any, lengths: Any) -> Tensor:
     """Attention of query [heads, queries, head_dim] over entries at addresses [heads], each head's side by side."""
     query = query.contiguous()
     output = torch.empty_like(query)
-    arguments = size(query.shape[2]), numbers(query), keys, values, lengths, numbers(output)
-    run(_attend_alone, _attend_in_threads, *arguments)
+    held = keys, values, lengths, np.arange(len(lengths))
+    run(_attend_alone, _attend_in_threads, size(query.shape[2]), numbers(query), *held, numbers(output))
     return output
 
 
@@ -94,6 +117,29 @@ def _addresses(first: Any, row_apart: Any, head_apart: Any, rows: Any, heads: An
         for head in range(heads):
             found[row * heads + head] = first + row * row_apart + head * head_apart
     return found
+
+
+@compiled
+def _append(channels: Any, tokens: Any, entries: Any, rows: Any, slots: Any, lengths: Any) -> tuple[Any, Any, Any, Any]:
+    """Write keys and values of rows' newest tokens [rows, kv_heads, ...] behind the entries of heads in slots.
+
+    Returns of each of these heads where its keys and its values begin, how many there are now, and which of all rows' it is.
+    """
+    (key, value), (keys, values) = tokens, entries
+    heads, capacity = keys.shape[1:3]
+    bytes_apart = keys.itemsize * capacity * keys.shape[3]
+    of_keys, of_values = np.empty(len(rows) * heads, np.int64), np.empty(len(rows) * heads, np.int64)
+    counts, places = np.empty(len(rows) * heads, np.int64), np.empty(len(rows) * heads, np.int64)
+    for each in range(len(rows)):
+        for head in range(heads):
+            lane, new = slots[each] * heads + head, rows[each] * key.shape[1] + head * key.shape[1] // heads
+            end, at = lane * capacity + lengths[slots[each], head], each * heads + head
+            put(keys, end, vector(key, new, channels))
+            put(values, end, vector(value, new, channels))
+            lengths[slots[each], head] += 1
+            of_keys[at], of_values[at] = keys.ctypes.data + lane * bytes_apart, values.ctypes.data + lane * bytes_apart
+            counts[at], places[at] = lengths[slots[each], head], rows[each] * heads + head
+    return of_keys, of_values, counts, places
 
 
 @intrinsic
@@ -113,9 +159,12 @@ def entries_at(address: Any, length: Any, dim: Any, number: Any) -> Any:
 
 
 @compiled
-def parts_of(heads: Any, queries: Any, dim: Any, length: Any, at_once: Any) -> tuple[Any, Any, Any]:
-    """Room for what heads of so many entries have of each part: highest logit, sum of weights, and of weighted values."""
-    parts = -(-length // at_once)
+def parts_of(heads: Any, query: Any, length: Any, at_once: Any) -> tuple[Any, Any, Any]:
+    """Room for what heads of so many entries have of each part: highest logit, sum of weights, and of weighted values.
+
+    The query is [..., queries of a head, head_dim].
+    """
+    parts, queries, dim = -(-length // at_once), query.shape[1], query.shape[2]
     highest, sums = np.empty((heads, parts, queries), np.float32), np.empty((heads, parts, queries), np.float32)
     return highest, sums, np.empty((heads, parts, queries, dim), np.float32)
 
@@ -129,12 +178,13 @@ def _attend_to_parts(
     keys: Any,
     values: Any,
     lengths: Any,
+    places: Any,
     highest: Any,
     sums: Any,
     mixed: Any,
 ) -> None:
     """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
-    heads, queries, dim = query.shape
+    heads, (queries, dim) = len(lengths), query.shape[1:]
     parts, scale = highest.shape[1], repeated(np.float32(1 / math.sqrt(dim)), channels)
     exact, logits = np.empty((queries, dim), np.float32), np.empty((queries, AT_ONCE), np.float32)
     for job in range(thread, heads * parts, threads):
@@ -146,9 +196,9 @@ def _attend_to_parts(
         of_keys = entries_at(keys[head], lengths[head], dim, query)
         of_values = entries_at(values[head], lengths[head], dim, query)
         for each in range(queries):
-            put(exact, each, scale * vector(query, head * queries + each, channels))
+            put(exact, each, scale * vector(query, places[head] * queries + each, channels))
         for at in range(start, stop):
-            ask_for(of_keys, at + AHEAD, channels)
+            ask_for(of_keys, min(at + AHEAD, stop), channels)
             key = vector(of_keys, at, channels)
             for each in range(queries):
                 logits[each, at - start] = total(key * vector(exact, each, channels))
@@ -156,36 +206,34 @@ def _attend_to_parts(
             highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: stop - start])
             mixture = repeated(np.float32(0), channels)
             for at in range(start, stop):
-                ask_for(of_values, at + AHEAD, channels)
+                ask_for(of_values, min(at + AHEAD, stop), channels)
                 mixture = mixture + repeated(logits[each, at - start], channels) * vector(of_values, at, channels)
             put(mixed, (head * parts + part) * queries + each, mixture)
 
 
 @compiled
 def _attend_alone(
-    thread: Any, threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, output: Any
+    thread: Any, threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, places: Any, output: Any
 ) -> None:
-    """The attention of all heads, in one thread."""
-    heads, queries, dim = query.shape
-    highest, sums, mixed = parts_of(heads, queries, dim, lengths.max(), AT_ONCE)
-    _attend_to_parts(thread, threads, channels, query, keys, values, lengths, highest, sums, mixed)
-    join_parts(channels, highest, sums, mixed, output)
+    """The attention of heads whose queries are at these places of all, in one thread."""
+    highest, sums, mixed = parts_of(len(lengths), query, lengths.max(), AT_ONCE)
+    _attend_to_parts(thread, threads, channels, query, keys, values, lengths, places, highest, sums, mixed)
+    join_parts(channels, highest, sums, mixed, places, output)
 
 
 @in_threads
 def _attend_in_threads(
-    threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, output: Any
+    threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, places: Any, output: Any
 ) -> None:
-    heads, queries, dim = query.shape
-    highest, sums, mixed = parts_of(heads, queries, dim, lengths.max(), AT_ONCE)
+    highest, sums, mixed = parts_of(len(lengths), query, lengths.max(), AT_ONCE)
     for thread in prange(threads):
-        _attend_to_parts(thread, threads, channels, query, keys, values, lengths, highest, sums, mixed)
-    join_parts(channels, highest, sums, mixed, output)
+        _attend_to_parts(thread, threads, channels, query, keys, values, lengths, places, highest, sums, mixed)
+    join_parts(channels, highest, sums, mixed, places, output)
 
 
 @compiled
-def join_parts(channels: Any, highest: Any, sums: Any, mixed: Any, output: Any) -> None:
-    """The attention of each head, [heads, queries, head_dim], from that of its parts; a part without entries is at -inf."""
+def join_parts(channels: Any, highest: Any, sums: Any, mixed: Any, places: Any, output: Any) -> None:
+    """The attention of each head, at its place in the output, from that of its parts; one without entries is at -inf."""
     heads, parts, queries = highest.shape
     for head in range(heads):
         for each in range(queries):
@@ -199,7 +247,7 @@ def join_parts(channels: Any, highest: Any, sums: Any, mixed: Any, output: Any) 
                 whole += scale * sums[head, part, each]
                 own = vector(mixed, (head * parts + part) * queries + each, channels)
                 mixture = mixture + repeated(scale, channels) * own
-            put(output, head * queries + each, repeated(1 / whole, channels) * mixture)
+            put(output, places[head] * queries + each, repeated(1 / whole, channels) * mixture)
 
 
 @compiled
@@ -211,18 +259,20 @@ def _weigh(
     keys: Any,
     values: Any,
     lengths: Any,
+    places: Any,
     weights: Any,
     output: Any,
 ) -> None:
     """Every `threads`-th head: its weights [queries, entries] and its attention."""
-    heads, queries, dim = query.shape
+    queries, dim = query.shape[1:]
     scale = repeated(np.float32(1 / math.sqrt(dim)), channels)
-    for head in range(thread, heads, threads):
+    for head in range(thread, len(lengths), threads):
         length = lengths[head]
         of_keys = entries_at(keys[head], length, dim, query)
         of_values = entries_at(values[head], length, dim, query)
         for each in range(queries):
-            row, own = weights[head, each][:length], scale * vector(query, head * queries + each, channels)
+            place = places[head] * queries + each
+            row, own = weights[head, each][:length], scale * vector(query, place, channels)
             for at in range(length):
                 row[at] = total(own * vector(of_keys, at, channels))
             _, whole = softmax_sums(row)
@@ -230,12 +280,20 @@ def _weigh(
             for at in range(length):
                 row[at] /= whole
                 mixture = mixture + repeated(row[at], channels) * vector(of_values, at, channels)
-            put(output, head * queries + each, mixture)
+            put(output, place, mixture)
 
 
 @in_threads
 def _weigh_in_threads(
-    threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, weights: Any, output: Any
+    threads: Any,
+    channels: Any,
+    query: Any,
+    keys: Any,
+    values: Any,
+    lengths: Any,
+    places: Any,
+    weights: Any,
+    output: Any,
 ) -> None:
     for thread in prange(threads):
-        _weigh(thread, threads, channels, query, keys, values, lengths, weights, output)
+        _weigh(thread, threads, channels, query, keys, values, lengths, places, weights, output)

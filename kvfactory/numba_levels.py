@@ -281,12 +281,12 @@ def _attend_alone(
     output: Any,
 ) -> None:
     """The attention of all heads, in one thread."""
-    heads, queries, dim = query.shape
-    highest, sums, mixtures = parts_of(heads, queries, dim, keys.length + recent_keys.shape[1], PART)
+    heads = len(query)
+    highest, sums, mixtures = parts_of(heads, query, keys.length + recent_keys.shape[1], PART)
     _attend_to_parts(
         thread, threads, query, channels, keys, recent_keys, values, recent_values, highest, sums, mixtures
     )
-    join_parts(channels, highest, sums, mixtures, output)
+    join_parts(channels, highest, sums, mixtures, np.arange(heads), output)
 
 
 @in_threads
@@ -300,8 +300,8 @@ def _attend_in_threads(
     recent_values: Any,
     output: Any,
 ) -> None:
-    heads, queries, dim = query.shape
-    highest, sums, mixtures = parts_of(heads, queries, dim, keys.length + recent_keys.shape[1], PART)
+    heads = len(query)
+    highest, sums, mixtures = parts_of(heads, query, keys.length + recent_keys.shape[1], PART)
     for thread in prange(threads):
         _attend_to_parts(
             thread,
@@ -316,4 +316,4 @@ def _attend_in_threads(
             sums,
             mixtures,
         )
-    join_parts(channels, highest, sums, mixtures, output)
+    join_parts(channels, highest, sums, mixtures, np.arange(heads), output)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .buffers import Stackable
 
 if TYPE_CHECKING:
+    from .cache import LayerBatch
     from .kernels import Kernel
 
 
@@ -27,90 +28,63 @@ class Stack:
     keys: Tensor
     """[slots, heads, capacity, head_dim]; what is behind a head's entries is 0 or was one, because weights of 0 meet it."""
     values: Tensor
+    lengths: Tensor
+    """[slots, heads], int64, on the host: nobody is to wait for a device."""
 
     def __init__(self, held: Sequence[Stackable]) -> None:
         self.slots = len(held)
         self.watched = held[0].watched
         self.capacity = max(each.reach for each in held)
-        # of each head, on the host: nobody is to wait for a device
-        self._lengths = torch.tensor([each.head_lengths() for each in held])
-        shape = *self._lengths.shape, self.capacity
+        self.lengths = torch.tensor([each.head_lengths() for each in held])
+        shape = *self.lengths.shape, self.capacity
         self.keys, self.values = (like.new_zeros(*shape, like.shape[-1]) for like in (held[0].keys, held[0].values))
         for slot, each in enumerate(held):
             each.write_into(self.keys[slot], self.values[slot])
             each.lie_in(self, slot)
-        self._starts = torch.arange(self._lengths.numel()).view_as(self._lengths) * self.capacity
 
     @property
     def is_full(self) -> bool:
         """Whether some head has no room for another entry."""
-        return int(self._lengths.max()) == self.capacity
+        return int(self.lengths.max()) == self.capacity
 
     def cut(self, slot: int, length: int) -> None:
         """The row in this slot has so many entries left in each head, the first ones."""
-        self._lengths[slot] = length
+        self.lengths[slot] = length
 
-    def step(
-        self, kernel: Kernel, held: Sequence[Stackable], query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Append and attend for rows whose entries are `held`, in the order of their slots.
+    def step(self, kernel: Kernel, held: Mapping[int, Stackable], layer: LayerBatch, output: Tensor) -> Tensor | None:
+        """Append and attend for rows of a layer, of which `held` has the entries by row: writes their output.
 
-        Tensors [rows, heads, 1, head_dim]; returns one shaped like the query, and if asked for the weights
-        [rows, stored heads, queries of each, length], float32.
+        Returns if asked for the weights [rows of `held`, stored heads, queries of each, length], float32.
         """
-        slots = None if len(held) == self.slots else torch.tensor([each.slot for each in held])
-        self._append(key, value, slots)
-        for each in held:
+        rows, slots = torch.tensor([*held]), torch.tensor([each.slot for each in held.values()])
+        weights = kernel.step_together(layer.query, layer.key, layer.value, rows, self, slots, output)
+        for each in held.values():
             each.make_room(1)
             each.count(1)
-        if slots is None:
-            return self._attend(kernel, query)
-        slots = slots.to(query.device)
-        everyone = query.new_zeros(self.slots, *query.shape[1:])  # those who left ask for nothing
-        output, weights = self._attend(kernel, everyone.index_copy_(0, slots, query))
-        return output[slots], None if weights is None else weights[slots]
-
-    def _append(self, key: Tensor, value: Tensor, slots: Tensor | None) -> None:
-        """An entry for each head of these slots, or of all if None."""
-        which = slice(None) if slots is None else slots
-        ends = (self._starts + self._lengths)[which].flatten().to(key.device)
-        for entries, new in ((self.keys, key), (self.values, value)):
-            each_head = spread(new, entries.shape[1])
-            entries.view(-1, entries.shape[-1]).index_copy_(0, ends, each_head.flatten(0, 2))
-        self._lengths[which] += 1
-
-    def _attend(self, kernel: Kernel, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attention of query [slots, query_heads, 1, head_dim], shaped like it, and weights as in `step`."""
-        shortest, longest = map(int, self._lengths.aminmax())
-        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
-        folded = query.reshape(self.slots, keys.shape[1], -1, query.shape[-1])  # a stored head's queries side by side
-        own = None if shortest == longest else self._lengths.to(query.device)
-        if not self.watched:
-            return kernel.newest(folded, keys, values, own).reshape(query.shape), None
-        output, weights = kernel.watched(folded, keys, values, own)
-        return output.reshape(query.shape), weights
+        return weights
 
 
-def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, list[int]]]:
-    """The stacks in which rows of a batch attend, old ones and new, and the rows of each in the order of their slots.
+def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, dict[int, Stackable]]]:
+    """The stacks in which rows of a batch attend, old ones and new, and the entries of each one's rows.
 
     A row that is better off alone is in none. `held` has the entries of all rows by row.
     """
-    old: dict[Stack, dict[int, int]] = {}  # rows by slot
-    free: dict[tuple[int, bool], list[int]] = {}  # by the number of heads, and whether weights are asked for
+    old: dict[Stack, dict[int, Stackable]] = {}
+    free: dict[tuple[int, bool], dict[int, Stackable]] = {}  # by the number of heads, and whether weights are asked for
     for row, each in held.items():
         if each.stack is not None:
-            old.setdefault(each.stack, {})[each.slot] = row
+            old.setdefault(each.stack, {})[row] = each
         else:
-            free.setdefault((len(each.head_lengths()), each.watched), []).append(row)
+            free.setdefault((len(each.head_lengths()), each.watched), {})[row] = each
     for stack, rows in [*old.items()]:
         if stack.is_full or 2 * len(rows) <= stack.slots:  # or most have left
-            free.setdefault((stack.keys.shape[1], stack.watched), []).extend(rows.values())
+            free.setdefault((stack.keys.shape[1], stack.watched), {}).update(rows)
             del old[stack]
-    found = [(stack, [rows[slot] for slot in sorted(rows)]) for stack, rows in old.items()]
+    found = [*old.items()]
     for alike in free.values():
-        groups = divided({row: held[row] for row in alike}, kernel)
-        found += [(Stack([held[row] for row in group]), group) for group in groups]
+        for group in divided(alike, kernel):
+            together = {row: held[row] for row in group}
+            found.append((Stack([*together.values()]), together))
     return found
 
 
@@ -138,8 +112,3 @@ def divided(held: Mapping[int, Stackable], kernel: Kernel) -> list[list[int]]:
             groups.append(rows[first : ends[first]])
         first = ends[first] or first + 1
     return groups
-
-
-def spread(new: Tensor, heads: int) -> Tensor:
-    """[slots, kv_heads, ...] as [slots, heads, ...]: a KV head stands once for each query head that stores it."""
-    return new if new.shape[1] == heads else new.repeat_interleave(heads // new.shape[1], 1)
