@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,10 +47,10 @@ class Kernel:
     """`newest`, with the weights [rows, heads, queries, length] in float32 beside the output; 0 behind a head's entries."""
     ragged: Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
-    step_together: Callable[[Tensor, Tensor, Tensor, Tensor, Stack, Tensor, Tensor], Tensor | None]
-    """(query, key and value [batch, heads, 1, dim], rows of them [count], a stack, the slots of these rows [count], output
-    shaped like the query): append the newest tokens of rows to what is in slots, and attend; the output of other rows
-    stays. Rows and slots are int64 on the host. Returns weights [count, stored heads, queries, length] if watched."""
+    step_together: Callable[[Tensor, Tensor, Tensor, Any, Stack, Any, Tensor], Tensor | None]
+    """(query, key and value [batch, heads, 1, dim], rows of them, a stack, the slots of these rows, output shaped like the
+    query): append the newest tokens of rows to what is in slots, and attend; the output of other rows stays. Rows and slots
+    are arrays [count], int64. Returns weights [count, stored heads, queries, length], float32, if the stack is watched."""
     masks: bool = True
     """Whether lengths that differ are its own business; else they go to another kernel."""
     call: int = 1024
@@ -178,31 +179,32 @@ def stacked_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor,
+    rows: Any,
     stack: Stack,
-    slots: Tensor,
+    slots: Any,
     output: Tensor,
 ) -> Tensor | None:
     """As `Kernel.step_together`, by its `newest` and `watched`."""
     heads, capacity, dim = stack.keys.shape[1:]
-    starts = torch.arange(stack.lengths.numel()).view_as(stack.lengths) * capacity
-    ends = (starts + stack.lengths)[slots].flatten().to(query.device)
-    rows, device_slots = rows.to(query.device), slots.to(query.device)
+    starts = np.arange(stack.lengths.size).reshape(stack.lengths.shape) * capacity
+    of_rows, of_slots, ends = (
+        torch.from_numpy(each).to(query.device) for each in (rows, slots, (starts + stack.lengths)[slots].ravel())
+    )
     for entries, new in ((stack.keys, key), (stack.values, value)):
-        of_heads = new[rows].repeat_interleave(heads // new.shape[1], 1)
+        of_heads = new[of_rows].repeat_interleave(heads // new.shape[1], 1)
         entries.view(-1, dim).index_copy_(0, ends, of_heads.flatten(0, 2))
     stack.lengths[slots] += 1
-    shortest, longest = map(int, stack.lengths.aminmax())
+    shortest, longest = stack.lengths.min(), int(stack.lengths.max())
     everyone = query.new_zeros(stack.slots, heads, query.shape[1] // heads, dim)  # those who left ask for nothing
-    everyone[device_slots] = query[rows].view(-1, *everyone.shape[1:])
+    everyone[of_slots] = query[of_rows].view(-1, *everyone.shape[1:])
     seen = stack.keys[:, :, :longest], stack.values[:, :, :longest]
-    lengths = None if shortest == longest else stack.lengths.to(query.device)
+    lengths = None if shortest == longest else torch.from_numpy(stack.lengths).to(query.device)
     if stack.watched:
         attended, weights = watched(everyone, *seen, lengths)
     else:
         attended, weights = newest(everyone, *seen, lengths), None
-    output[rows] = attended[device_slots].view(-1, *output.shape[1:])
-    return None if weights is None else weights[device_slots]
+    output[of_rows] = attended[of_slots].view(-1, *output.shape[1:])
+    return None if weights is None else weights[of_slots]
 
 
 def head_by_head(

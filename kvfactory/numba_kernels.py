@@ -49,16 +49,16 @@ def watched(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None)
 
 
 def step_together(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, stack: Stack, slots: Tensor, output: Tensor
+    query: Tensor, key: Tensor, value: Tensor, rows: Any, stack: Stack, slots: Any, output: Tensor
 ) -> Tensor | None:
     """As `Kernel.step_together`, under the same conditions: where rows lie there and here is looked up in one call."""
     alike(query, key, value, stack.keys, stack.values)
-    heads, channels = stack.keys.shape[1], size(query.shape[-1])
-    queries, attended = (
-        numbers(each).reshape(-1, query.shape[1] // heads, query.shape[-1]) for each in (query, output)
-    )
-    tokens, entries = (numbers(key), numbers(value)), (numbers(stack.keys), numbers(stack.values))
-    held = _append(channels, tokens, entries, rows.numpy(), slots.numpy(), stack.lengths.numpy())
+    heads, dim = stack.keys.shape[1], query.shape[-1]
+    key, value, channels = key.contiguous(), value.contiguous(), size(dim)
+    queries, attended = (numbers(each).reshape(-1, query.shape[1] // heads, dim) for each in (query, output))
+    tokens, entries = (key.data_ptr(), value.data_ptr()), (stack.keys.data_ptr(), stack.values.data_ptr())
+    places = rows, slots, stack.lengths
+    held = _append(channels, queries, tokens, key.shape[1], entries, stack.capacity, *places)
     if not stack.watched:
         run(_attend_alone, _attend_in_threads, channels, queries, *held, attended)
         return None
@@ -120,26 +120,36 @@ def _addresses(first: Any, row_apart: Any, head_apart: Any, rows: Any, heads: An
 
 
 @compiled
-def _append(channels: Any, tokens: Any, entries: Any, rows: Any, slots: Any, lengths: Any) -> tuple[Any, Any, Any, Any]:
-    """Write keys and values of rows' newest tokens [rows, kv_heads, ...] behind the entries of heads in slots.
+def _append(
+    channels: Any,
+    query: Any,
+    tokens: Any,
+    kv_heads: Any,
+    entries: Any,
+    capacity: Any,
+    rows: Any,
+    slots: Any,
+    lengths: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Write keys and values of rows' newest tokens behind the entries of heads in slots: both begin at these addresses.
 
     Returns of each of these heads where its keys and its values begin, how many there are now, and which of all rows' it is.
     """
-    (key, value), (keys, values) = tokens, entries
-    heads, capacity = keys.shape[1:3]
-    bytes_apart = keys.itemsize * capacity * keys.shape[3]
-    of_keys, of_values = np.empty(len(rows) * heads, np.int64), np.empty(len(rows) * heads, np.int64)
+    dim, heads = query.shape[-1], lengths.shape[1]
+    apart = query.itemsize * dim
+    starts = np.empty((2, len(rows) * heads), np.int64)
     counts, places = np.empty(len(rows) * heads, np.int64), np.empty(len(rows) * heads, np.int64)
     for each in range(len(rows)):
         for head in range(heads):
-            lane, new = slots[each] * heads + head, rows[each] * key.shape[1] + head * key.shape[1] // heads
-            end, at = lane * capacity + lengths[slots[each], head], each * heads + head
-            put(keys, end, vector(key, new, channels))
-            put(values, end, vector(value, new, channels))
-            lengths[slots[each], head] += 1
-            of_keys[at], of_values[at] = keys.ctypes.data + lane * bytes_apart, values.ctypes.data + lane * bytes_apart
-            counts[at], places[at] = lengths[slots[each], head], rows[each] * heads + head
-    return of_keys, of_values, counts, places
+            at, place, length = each * heads + head, rows[each] * heads + head, lengths[slots[each], head]
+            new, lane = rows[each] * kv_heads + head * kv_heads // heads, (slots[each] * heads + head) * capacity
+            for side in range(2):
+                starts[side, at] = entries[side] + lane * apart
+                token = vector(entries_at(tokens[side] + new * apart, 1, dim, query), 0, channels)
+                put(entries_at(starts[side, at], length + 1, dim, query), length, token)
+            lengths[slots[each], head] = length + 1
+            counts[at], places[at] = length + 1, place
+    return starts[0], starts[1], counts, places
 
 
 @intrinsic

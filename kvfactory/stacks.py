@@ -10,9 +10,9 @@ What company costs, such as room behind the shorter rows, is no row's: a store c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from .buffers import Stackable
@@ -28,14 +28,15 @@ class Stack:
     keys: Tensor
     """[slots, heads, capacity, head_dim]; what is behind a head's entries is 0 or was one, because weights of 0 meet it."""
     values: Tensor
-    lengths: Tensor
-    """[slots, heads], int64, on the host: nobody is to wait for a device."""
+    lengths: Any
+    """Array [slots, heads], int64: on the host, as nobody is to wait for a device."""
 
     def __init__(self, held: Sequence[Stackable]) -> None:
         self.slots = len(held)
         self.watched = held[0].watched
         self.capacity = max(each.reach for each in held)
-        self.lengths = torch.tensor([each.head_lengths() for each in held])
+        self.lengths = np.array([each.head_lengths() for each in held])
+        self._at_most = int(self.lengths.max())
         shape = *self.lengths.shape, self.capacity
         self.keys, self.values = (like.new_zeros(*shape, like.shape[-1]) for like in (held[0].keys, held[0].values))
         for slot, each in enumerate(held):
@@ -45,7 +46,9 @@ class Stack:
     @property
     def is_full(self) -> bool:
         """Whether some head has no room for another entry."""
-        return int(self.lengths.max()) == self.capacity
+        if self._at_most == self.capacity:  # unless rows were cut
+            self._at_most = int(self.lengths.max())
+        return self._at_most == self.capacity
 
     def cut(self, slot: int, length: int) -> None:
         """The row in this slot has so many entries left in each head, the first ones."""
@@ -56,8 +59,9 @@ class Stack:
 
         Returns if asked for the weights [rows of `held`, stored heads, queries of each, length], float32.
         """
-        rows, slots = torch.tensor([*held]), torch.tensor([each.slot for each in held.values()])
+        rows, slots = np.array([*held]), np.array([each.slot for each in held.values()])
         weights = kernel.step_together(layer.query, layer.key, layer.value, rows, self, slots, output)
+        self._at_most += 1
         for each in held.values():
             each.make_room(1)
             each.count(1)
