@@ -46,11 +46,13 @@ class SideBySide(nn.Module):
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[..., in_features] -> [..., out_features] of each."""
         tokens = x.shape[:-1].numel()
+        if tokens >= MANY:
+            return [each(x) for each in self._linears]
         if tokens <= FEW and self.few is not None:
-            return self.few(x).split(self.sizes, -1)
-        if tokens < MANY:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "").split(self.sizes, -1)
-        return [each(x) for each in self._linears]
+            whole = self.few(x)
+        else:
+            whole = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return [whole] if len(self.sizes) == 1 else whole.split_with_sizes(self.sizes, -1)
 
     @property
     def holds_twice(self) -> bool:

@@ -51,6 +51,8 @@ class Kernel:
     """(query, key and value [batch, heads, 1, dim], rows of them, a stack, the slots of these rows, output shaped like the
     query): append the newest tokens of rows to what is in slots, and attend; the output of other rows stays. Rows and slots
     are arrays [count], int64. Returns weights [count, stored heads, queries, length], float32, if the stack is watched."""
+    room_alone: int = -1
+    """What a row by itself may take, in entries of room behind its shorter heads, to step by `step_together` too."""
     masks: bool = True
     """Whether lengths that differ are its own business; else they go to another kernel."""
     call: int = 1024
@@ -257,6 +259,7 @@ def kernel_of(name: str, dtype: torch.dtype, device: torch.device) -> Kernel:
         watched=numba_kernels.watched,
         ragged=numba_kernels.ragged,
         step_together=numba_kernels.step_together,
+        room_alone=COMPILED_CALL // 16,
         call=COMPILED_CALL,
     )
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import carray, prange, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
 from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
-from .numba_vectors import ask_for, numbers, put, repeated, size, total, vector
+from .numba_memory import ask_for, entries_at
+from .numba_vectors import numbers, put, repeated, size, total, vector
 
 if TYPE_CHECKING:
     from .stacks import Stack
@@ -150,22 +150,6 @@ def _append(
             lengths[slots[each], head] = length + 1
             counts[at], places[at] = length + 1, place
     return starts[0], starts[1], counts, places
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """The address as a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(address), generate
-
-
-@compiled
-def entries_at(address: Any, length: Any, dim: Any, number: Any) -> Any:
-    """Entries [length, head_dim] at an address."""
-    return carray(_pointer(address), (length, dim), number.dtype)  # type: ignore[call-arg]
 
 
 @compiled

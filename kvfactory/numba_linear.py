@@ -15,8 +15,9 @@ from torch import Tensor
 from .compiled import WIDEST
 from .inference import INPUTS, OUTPUTS
 from .numba_loops import compiled, exponential, in_threads, run
+from .numba_memory import ask_for, entries_at
 from .numba_products import add_entries
-from .numba_vectors import ask_for, number, numbers, put, repeated, rounded_as, size, total
+from .numba_vectors import number, numbers, put, repeated, rounded_as, size, total
 
 SUMS, RUN, ONE = size(WIDEST), size(INPUTS), size(1)
 AHEAD = 256
@@ -32,8 +33,9 @@ class Multiplier:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], of the weight's dtype; sums are in float32."""
-        output = x.new_empty(*x.shape[:-1], len(self.weight))
-        run(_multiply, _multiply_in_threads, rows_of(x), self.weight, self.bias, rows_of(output))
+        x, output = x.contiguous(), x.new_empty(*x.shape[:-1], len(self.weight))
+        rows = x.numel() // x.shape[-1]
+        run(_multiply, _multiply_in_threads, rows, x.data_ptr(), self.weight, self.bias, output.data_ptr())
         return output
 
 
@@ -47,15 +49,11 @@ class GatedMultiplier:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., hidden_size], shaped and typed alike."""
         gate, up, down = self.weights
-        hidden, output = np.empty((x.shape[:-1].numel(), len(gate)), gate.dtype), torch.empty_like(x)
-        run(_gate, _gate_in_threads, rows_of(x), gate, up, hidden)
-        run(_multiply, _multiply_in_threads, hidden, down, None, rows_of(output))
+        x, rows = x.contiguous(), x.numel() // x.shape[-1]
+        hidden, output = x.new_empty(rows, len(gate)), torch.empty_like(x)
+        run(_gate, _gate_in_threads, rows, x.data_ptr(), gate, up, hidden.data_ptr())
+        run(_multiply, _multiply_in_threads, rows, hidden.data_ptr(), down, None, output.data_ptr())
         return output
-
-
-def rows_of(x: Tensor) -> Any:
-    """x [..., numbers] as an array of rows; one without gaps stays where it is."""
-    return numbers(x).reshape(-1, x.shape[-1])
 
 
 @compiled
@@ -89,13 +87,14 @@ def _share(thread: Any, threads: Any, outputs: Any) -> Any:
 
 
 @compiled
-def _multiply(thread: Any, threads: Any, x: Any, weight: Any, bias: Any, output: Any) -> None:
-    """Every thread's share of outputs [rows, outputs]."""
-    outputs = len(weight)
+def _multiply(thread: Any, threads: Any, rows: Any, of_x: Any, weight: Any, bias: Any, of_output: Any) -> None:
+    """Every thread's share of outputs [rows, outputs], of x [rows, inputs] at addresses."""
+    outputs, inputs = weight.shape
+    x, output = entries_at(of_x, rows, inputs, weight), entries_at(of_output, rows, outputs, weight)
     for tile in _share(thread, threads, outputs):
         first = min(tile * OUTPUTS, outputs - OUTPUTS)  # the last may make some anew
         _ask_for_rows(weight, first)
-        for row in range(len(x)):
+        for row in range(rows):
             sums = _four(x, row, weight, first)
             for each in range(OUTPUTS):
                 of_output = sums[each] if bias is None else sums[each] + bias[first + each]
@@ -103,20 +102,21 @@ def _multiply(thread: Any, threads: Any, x: Any, weight: Any, bias: Any, output:
 
 
 @in_threads
-def _multiply_in_threads(threads: Any, x: Any, weight: Any, bias: Any, output: Any) -> None:
+def _multiply_in_threads(threads: Any, rows: Any, x: Any, weight: Any, bias: Any, output: Any) -> None:
     for thread in prange(threads):
-        _multiply(thread, threads, x, weight, bias, output)
+        _multiply(thread, threads, rows, x, weight, bias, output)
 
 
 @compiled
-def _gate(thread: Any, threads: Any, x: Any, gate: Any, up: Any, hidden: Any) -> None:
-    """Every thread's share of silu(gate(x)) * up(x), [rows, outputs]."""
-    outputs = len(gate)
+def _gate(thread: Any, threads: Any, rows: Any, of_x: Any, gate: Any, up: Any, of_hidden: Any) -> None:
+    """Every thread's share of silu(gate(x)) * up(x), [rows, outputs], of x [rows, inputs] at addresses."""
+    outputs, inputs = gate.shape
+    x, hidden = entries_at(of_x, rows, inputs, gate), entries_at(of_hidden, rows, outputs, gate)
     for tile in _share(thread, threads, outputs):
         first = min(tile * OUTPUTS, outputs - OUTPUTS)  # the last may make some anew
         _ask_for_rows(gate, first)
         _ask_for_rows(up, first)
-        for row in range(len(x)):
+        for row in range(rows):
             gates, ups = _four(x, row, gate, first), _four(x, row, up, first)
             for each in range(OUTPUTS):
                 at = row * outputs + first + each
@@ -129,6 +129,6 @@ def _gate(thread: Any, threads: Any, x: Any, gate: Any, up: Any, hidden: Any) ->
 
 
 @in_threads
-def _gate_in_threads(threads: Any, x: Any, gate: Any, up: Any, hidden: Any) -> None:
+def _gate_in_threads(threads: Any, rows: Any, x: Any, gate: Any, up: Any, hidden: Any) -> None:
     for thread in prange(threads):
-        _gate(thread, threads, x, gate, up, hidden)
+        _gate(thread, threads, rows, x, gate, up, hidden)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .inference import NORM_RUN as RUN
 from .numba_loops import compiled
+from .numba_memory import entries_at
 from .numba_vectors import numbers, put, repeated, size, total, vector
 
 
@@ -24,16 +25,18 @@ class Normaliser:
         """x [..., hidden_size], shaped and typed alike; squares are summed in float32."""
         x = x.contiguous()
         output = torch.empty_like(x)
-        _normalise(numbers(x), self.weight, self.epsilon, self.channels, numbers(output))
+        rows = x.numel() // len(self.weight)
+        _normalise(rows, x.data_ptr(), self.weight, self.epsilon, self.channels, output.data_ptr())
         return output
 
 
 @compiled
-def _normalise(x: Any, weight: Any, epsilon: Any, channels: Any, output: Any) -> None:
-    """See `Normaliser`."""
+def _normalise(rows: Any, of_x: Any, weight: Any, epsilon: Any, channels: Any, of_output: Any) -> None:
+    """See `Normaliser`; x and output are at addresses."""
     dim = len(weight)
     runs = dim // RUN
-    for row in range(x.size // dim):
+    x, output = entries_at(of_x, rows, dim, weight), entries_at(of_output, rows, dim, weight)
+    for row in range(rows):
         squares = repeated(np.float32(0), channels)
         for place in range(row * runs, (row + 1) * runs):
             some = vector(x, place, channels)

@@ -11,8 +11,9 @@ from numba import prange
 from torch import Tensor
 
 from .growing import Growing
-from .numba_kernels import entries_at, side_by_side, starts_of
+from .numba_kernels import side_by_side, starts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
+from .numba_memory import entries_at
 from .numba_vectors import NUMBERS, numbers, put, repeated, size, total, vector
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .numba_loops import compiled
-from .numba_vectors import half_turned, numbers, put, rounded_as, size, vector
+from .numba_memory import entries_at
+from .numba_vectors import NUMBERS, half_turned, put, rounded_as, size, vector
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,26 +17,33 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
     All are bfloat16, and what a product is rounded to is what is added.
     """
-    query, key = query.contiguous(), key.contiguous()
+    query, key, cos, sin = query.contiguous(), key.contiguous(), cos.contiguous(), sin.contiguous()
     turned = torch.empty_like(query), torch.empty_like(key)
-    angles = numbers(cos), numbers(sin)
-    _rotate(size(query.shape[-1]), numbers(query), numbers(key), *angles, *map(numbers, turned))
+    angles = len(cos), cos.data_ptr(), sin.data_ptr()
+    for x, output in zip((query, key), turned, strict=True):
+        rows, heads, _, dim = x.shape
+        _rotate(size(dim), NUMBERS[x.dtype], rows, heads, *angles, x.data_ptr(), output.data_ptr())
     return turned
 
 
 @compiled
-def _rotate(channels: Any, query: Any, key: Any, cos: Any, sin: Any, turned_query: Any, turned_key: Any) -> None:
-    """See `rotate`."""
-    for row in range(len(query)):
-        angle = row % len(cos)
-        _turn(channels, row, angle, query, cos, sin, turned_query)
-        _turn(channels, row, angle, key, cos, sin, turned_key)
-
-
-@compiled
-def _turn(channels: Any, row: Any, angle: Any, x: Any, cos: Any, sin: Any, turned: Any) -> None:
-    """All heads of a row of x."""
-    cosines, sines = vector(cos, angle, channels), vector(sin, angle, channels)
-    for place in range(row * x.shape[1], (row + 1) * x.shape[1]):
-        own = vector(x, place, channels)
-        put(turned, place, rounded_as(own * cosines, x) + rounded_as(half_turned(own) * sines, x))
+def _rotate(
+    channels: Any,
+    number: Any,
+    rows: Any,
+    heads: Any,
+    angles: Any,
+    of_cos: Any,
+    of_sin: Any,
+    of_x: Any,
+    of_turned: Any,
+) -> None:
+    """See `rotate`, of x, of cosines and sines of one row or all, and output at addresses, of the numbers of an array."""
+    dim = channels.itemsize
+    cos, sin = entries_at(of_cos, angles, dim, number), entries_at(of_sin, angles, dim, number)
+    x, turned = entries_at(of_x, rows * heads, dim, number), entries_at(of_turned, rows * heads, dim, number)
+    for row in range(rows):
+        cosines, sines = vector(cos, row % angles, channels), vector(sin, row % angles, channels)
+        for place in range(row * heads, (row + 1) * heads):
+            own = vector(x, place, channels)
+            put(turned, place, rounded_as(own * cosines, x) + rounded_as(half_turned(own) * sines, x))

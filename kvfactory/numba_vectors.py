@@ -24,8 +24,6 @@ intrinsic: Any = extending.intrinsic  # its type forgets that compiled functions
 FLOAT = ir.FloatType()
 FREE = ("reassoc", "contract", "nsz", "arcp")
 """As `numba_loops.compiled`."""
-LINE = 64
-"""Bytes that memory sends at once."""
 KINDS = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.uint16,
@@ -130,25 +128,6 @@ def put(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, index, value), generate
-
-
-@intrinsic
-def ask_for(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
-    """Have memory send entry `index` of an array without gaps ahead of its use; it may lie behind the array's end."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0].dtype
-        held = ir.VectorType(context.get_data_type(kind), count_of(count))
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.bitcast(place_of(context, builder, signature.args, arguments, held), byte)
-        ask = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        fetch = cgutils.get_or_insert_function(builder.module, ask, "llvm.prefetch.p0")
-        for start in range(0, count_of(count) * kind.bitwidth // 8, LINE):
-            line = builder.gep(place, [ir.Constant(ir.IntType(64), start)])
-            builder.call(fetch, [line, _int32(0), _int32(2), _int32(1)])  # to read, into the second cache, as data
-        return context.get_dummy_value()
-
-    return types.void(array, index, count), generate
 
 
 @intrinsic

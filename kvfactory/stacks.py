@@ -2,7 +2,7 @@
 
 Rows are put side by side in their first common step, which is when each would have copied its prompt's entries anyway. From
 then on a step writes all rows' new entries at once. A row that leaves takes its view along, and its slot is
-worked on for nothing until so many have left that the rest move to a stack of their own.
+left alone until so many have left that the rest move to a stack of their own.
 
 What company costs, such as room behind the shorter rows, is no row's: a store counts the bytes it would have alone.
 """
@@ -71,7 +71,8 @@ class Stack:
 def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, dict[int, Stackable]]]:
     """The stacks in which rows of a batch attend, old ones and new, and the entries of each one's rows.
 
-    A row that is better off alone is in none. `held` has the entries of all rows by row.
+    A row that is better off alone is in one of its own if that takes no more than `Kernel.room_alone`, or in none. `held`
+    has the entries of all rows by row.
     """
     old: dict[Stack, dict[int, Stackable]] = {}
     free: dict[tuple[int, bool], dict[int, Stackable]] = {}  # by the number of heads, and whether weights are asked for
@@ -81,15 +82,33 @@ def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, 
         else:
             free.setdefault((len(each.head_lengths()), each.watched), {})[row] = each
     for stack, rows in [*old.items()]:
-        if stack.is_full or 2 * len(rows) <= stack.slots:  # or most have left
+        looks_for_company = stack.slots == 1 and len(held) > 1
+        if looks_for_company or stack.is_full or 2 * len(rows) <= stack.slots:  # of the last, most have left
             free.setdefault((stack.keys.shape[1], stack.watched), {}).update(rows)
             del old[stack]
     found = [*old.items()]
     for alike in free.values():
-        for group in divided(alike, kernel):
-            together = {row: held[row] for row in group}
-            found.append((Stack([*together.values()]), together))
+        groups = divided(alike, kernel)
+        together = {row for group in groups for row in group}
+        groups += [[row] for row in alike if row not in together and filling(held[row]) <= kernel.room_alone]
+        for group in groups:
+            rows = {row: held[row] for row in group}
+            found.append((_stack_of([*rows.values()]), rows))
     return found
+
+
+def filling(held: Stackable) -> int:
+    """Entries of room behind the shorter heads of a row in a stack of its own."""
+    lengths = held.head_lengths()
+    return len(lengths) * max(lengths) - sum(lengths)
+
+
+def _stack_of(held: list[Stackable]) -> Stack:
+    """A new stack, or that of a row by itself if it is in one."""
+    stack = held[0].stack
+    if len(held) == 1 and stack is not None and stack.slots == 1 and not stack.is_full:
+        return stack
+    return Stack(held)
 
 
 def divided(held: Mapping[int, Stackable], kernel: Kernel) -> list[list[int]]:
