@@ -198,11 +198,37 @@ def _attend_to_parts(
                 logits[each, at - start] = total(key * vector(exact, each, channels))
         for each in range(queries):
             highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: stop - start])
-            mixture = repeated(np.float32(0), channels)
-            for at in range(start, stop):
-                ask_for(of_values, min(at + AHEAD, stop), channels)
-                mixture = mixture + repeated(logits[each, at - start], channels) * vector(of_values, at, channels)
-            put(mixed, (head * parts + part) * queries + each, mixture)
+        first, by_three = (head * parts + part) * queries, queries - queries % 3
+        for each in range(0, by_three, 3):
+            _mix_three(channels, logits[each : each + 3], of_values, start, stop, mixed, first + each)
+        for each in range(by_three, queries):
+            _mix(channels, logits[each], of_values, start, stop, mixed, first + each)
+
+
+@compiled
+def _mix(channels: Any, weights: Any, of_values: Any, start: Any, stop: Any, mixed: Any, place: Any) -> None:
+    """The values of entries from start to stop, weighted by [entries]."""
+    mixture = repeated(np.float32(0), channels)
+    for at in range(start, stop):
+        ask_for(of_values, min(at + AHEAD, stop), channels)
+        mixture = mixture + repeated(weights[at - start], channels) * vector(of_values, at, channels)
+    put(mixed, place, mixture)
+
+
+@compiled
+def _mix_three(channels: Any, weights: Any, of_values: Any, start: Any, stop: Any, mixed: Any, place: Any) -> None:
+    """As `_mix`, by [3, entries] for as many places from the first on: each value is read and made float32 once."""
+    none = repeated(np.float32(0), channels)
+    a, b, c = none, none, none
+    for at in range(start, stop):
+        ask_for(of_values, min(at + AHEAD, stop), channels)
+        value = vector(of_values, at, channels)
+        a = a + repeated(weights[0, at - start], channels) * value
+        b = b + repeated(weights[1, at - start], channels) * value
+        c = c + repeated(weights[2, at - start], channels) * value
+    put(mixed, place, a)
+    put(mixed, place + 1, b)
+    put(mixed, place + 2, c)
 
 
 @compiled
