@@ -41,12 +41,10 @@ class BelowAverage:
     def add(self, record: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         attention = attention[:, -self.window :]
         queries, tokens = attention.shape[1:]
+        if queries == 1:
+            return self._add_newest(record, attention[:, 0], int(positions[0, -1]) % self.window)
         slot = positions[0, -queries:] % self.window  # each query's own, for there are no more queries than slots
         byte, bit = slot // 8, (1 << slot % 8).byte()
-        if queries == 1:  # the newest token, which sees all: at every step, so in few calls
-            below = attention[:, 0] < attention.mean(-1)
-            old = record.index_select(2, byte)
-            return record.index_copy(2, byte, old & ~bit | (below * bit)[..., None])
         entry = torch.arange(tokens, device=attention.device)
         seen = entry[-queries:, None] + 1
         average = attention.sum(-1, keepdim=True) / seen
@@ -54,6 +52,13 @@ class BelowAverage:
         cleared = torch.zeros_like(record[0, 0]).index_add(0, byte, bit)
         new = torch.zeros_like(record).index_add(2, byte, (below * bit[:, None]).transpose(1, 2))
         return record & ~cleared | new
+
+    def _add_newest(self, record: Tensor, attention: Tensor, slot: int) -> Tensor:
+        """Of the newest query alone, which sees all, [heads, tokens]: at every step, so in few calls."""
+        record, below, bit = record.clone(), attention < attention.mean(-1, keepdim=True), 1 << slot % 8
+        byte = record[..., slot // 8]
+        byte.copy_(torch.where(below, byte | bit, byte & (255 - bit)))
+        return record
 
     def value(self, record: Tensor) -> Tensor:
         bits = torch.arange(8, dtype=torch.uint8, device=record.device)
