@@ -35,3 +35,10 @@ def has_vectors(device: torch.device, channels: int) -> bool:
     They are compiled anew for each number of channels, which takes seconds, and gain nothing where vectors are not filled.
     """
     return channels % WIDEST == 0 and has_numba(device)
+
+
+@cache
+def may_use_matrices() -> bool:
+    """Whether the system lets this process use the registers for matrices that some processors have; it is asked once."""
+    ask = getattr(torch.cpu, "_init_amx", None)  # a private name
+    return ask is not None and bool(ask())

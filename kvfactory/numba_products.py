@@ -1,23 +1,26 @@
 """Products of matrices on a CPU whose results are used where they are made, in the registers and the nearest cache.
 
-A tile is `ROWS` rows of one matrix times `COLUMNS` columns of another: as many sums as the registers hold. Numbers in
-bfloat16 are multiplied two at a time where the processor can, exactly, and summed in float32.
+A tile is some rows of one matrix times `COLUMNS` columns of another: as many sums as the registers hold. Numbers in
+bfloat16 are multiplied two at a time where the processor can, or matrices at once, exactly, and summed in float32.
 """
 
 from __future__ import annotations
 
 from functools import partial, reduce
+from math import lcm
 from typing import Any
 
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import overload
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .compiled import WIDEST
+from .compiled import WIDEST, may_use_matrices
 from .numba_loops import FEATURES, compiled
+from .numba_matrices import SIDE, add_matrices
 from .numba_vectors import FREE, Vector, as_float, chosen, intrinsic, joined, load, place_of, put, size, vector
 
 ROWS = 6
@@ -25,14 +28,16 @@ COLUMNS = 64 if "+avx512f" in FEATURES else 16
 """Of a tile: 24 registers of 32, or 12 of 16."""
 WIDE = size(COLUMNS)
 PAIRS = "+avx512bf16" in FEATURES
+MATRICES = PAIRS and "+amx-bf16" in FEATURES and may_use_matrices()
+"""Whether the processor multiplies matrices in bfloat16, see `numba_matrices`."""
 
 
 def rows_of(x: Tensor) -> Any:
     """x [..., rows, numbers], an even number of them, for the left side of tiles; rows without numbers fill up the last.
 
-    [..., a multiple of ROWS, numbers], float32, or int32 [..., numbers / 2], each of which is two numbers in bfloat16.
+    [..., rows, numbers], float32, or int32 [..., numbers / 2], each of which is two numbers in bfloat16.
     """
-    return _held(pad(x, (0, 0, 0, -x.shape[-2] % ROWS))).numpy()
+    return _held(pad(x, (0, 0, 0, -x.shape[-2] % lcm(ROWS, SIDE)))).numpy()
 
 
 def columns_of(x: Tensor) -> Any:
@@ -42,8 +47,10 @@ def columns_of(x: Tensor) -> Any:
 
 
 def _held(x: Tensor) -> Tensor:
-    """Numbers as they are multiplied."""
-    return x.contiguous().view(torch.int32) if PAIRS and x.dtype == torch.bfloat16 else x.float().contiguous()
+    """Numbers as they are multiplied; of pairs, whole matrices where they are."""
+    if not PAIRS or x.dtype != torch.bfloat16:
+        return x.float().contiguous()
+    return pad(x, (0, -x.shape[-1] % (2 * SIDE) if MATRICES else 0)).contiguous().view(torch.int32)
 
 
 class _BFloat16(ir.types.Type):
@@ -181,15 +188,35 @@ def put_rounded(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, index, value), generate
 
 
-@compiled
+def tile_rows(left: Any) -> int:
+    """Rows of a tile whose left side is such an array; compiled functions know it before they run."""
+    return SIDE if MATRICES and left.dtype == types.int32 else ROWS
+
+
 def add_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
-    """Add to ROWS rows of sums [..., COLUMNS] from row `at` on the products of rows `row`... and a tile of columns.
+    """Add to `tile_rows` rows of sums [..., COLUMNS] from row `at` on the products of rows `row`... and a tile of columns.
 
     Left [..., numbers] and right [..., numbers, COLUMNS] are as made above, rows and tiles of columns counted through all
-    of their dimensions.
+    of their dimensions. For compiled functions.
     """
-    count = left.shape[-1]
-    add_products(tile, at, left, row * count, count, 1, right, column * count, 1, count)
+
+
+@overload(tile_rows, strict=False)
+def _tile_rows(left: Any) -> Any:
+    rows = tile_rows(left)
+    return lambda left: rows
+
+
+@overload(add_tile, strict=False)
+def _add_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> Any:
+    def by_products(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
+        count = left.shape[-1]
+        add_products(tile, at, left, row * count, count, 1, right, column * count, 1, count)
+
+    def by_matrices(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
+        add_matrices(tile, at, left, row, right, column, left.shape[-1])
+
+    return by_products if tile_rows(left) == ROWS else by_matrices
 
 
 @compiled

@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 
 from .numba_loops import compiled, exponential, in_threads, run
-from .numba_products import COLUMNS, ROWS, add_tile, columns_of, rows_of
+from .numba_products import COLUMNS, add_tile, columns_of, rows_of, tile_rows
 
 
 def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
@@ -32,15 +32,16 @@ def _receive(thread: Any, threads: Any, queries: Any, keys: Any, log_sums: Any, 
     """What the keys of every `threads`-th tile receive; a query sees the keys up to itself."""
     heads, tiles = len(queries), keys.shape[1]
     tokens, rows, group = log_sums.shape[1], queries.shape[1], heads // len(keys)
-    logits = np.empty((ROWS, COLUMNS), np.float32)
+    tall = tile_rows(queries)
+    logits = np.empty((tall, COLUMNS), np.float32)
     for job in range(thread, heads * tiles, threads):
         head, tile = job // tiles, job % tiles
         first = tile * COLUMNS
         own = received[head][first : first + COLUMNS]
-        for start in range(first - first % ROWS, tokens, ROWS):
+        for start in range(first - first % tall, tokens, tall):
             logits[:] = 0
             add_tile(logits, 0, queries, head * rows + start, keys, head // group * tiles + tile)
-            for row in range(min(ROWS, tokens - start)):
+            for row in range(min(tall, tokens - start)):
                 log_sum, seen = log_sums[head, start + row], start + row + 1 - first
                 if seen >= COLUMNS:
                     for key in range(COLUMNS):

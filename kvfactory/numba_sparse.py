@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .numba_loops import compiled, exponential, in_threads, run
-from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of
+from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of, tile_rows
 from .numba_vectors import most, total, vector
 
-QUERIES = 11 * ROWS
-"""Queries that are worked on together: the least number of tiles that hold 64."""
+QUERIES = 64
+"""Queries that are worked on together."""
+ROOM = QUERIES + -QUERIES % ROWS
+"""Rows of the tiles that hold them."""
 UNSEEN = np.float32(-1e30)
 """A logit whose weight is nothing beside any other's."""
 
@@ -33,7 +35,7 @@ def attend(
     `width` keys] say whether queries see all keys of a block that are not later ones. Both are bool. Sums are in float32.
     """
     tokens, dim = query.shape
-    left = rows_of(pad(query, (0, 0, 0, ROWS))[None])
+    left = rows_of(pad(query, (0, 0, 0, QUERIES))[None])
     right = columns_of(key)
     by_tile = pad(value, (0, 0, 0, -tokens % COLUMNS)).unflatten(0, (-1, COLUMNS)).transpose(1, 2)
     values = columns_of(by_tile)
@@ -89,8 +91,8 @@ def _attend(
     """Every `threads`-th run of queries: their attention as numbers [tokens, head_dim]."""
     tokens, dim = mixed.shape
     runs = -(-size // QUERIES)
-    logits, weights = np.empty((QUERIES, COLUMNS), np.float32), np.empty((QUERIES, value.shape[2]), query.dtype)
-    sums = np.empty((value.shape[1], QUERIES, COLUMNS), np.float32)
+    logits, weights = np.empty((ROOM, COLUMNS), np.float32), np.empty((ROOM, value.shape[2]), query.dtype)
+    sums = np.empty((value.shape[1], ROOM, COLUMNS), np.float32)
     highest, totals = np.empty((2, QUERIES), np.float32)
     in_column = np.zeros(tokens + COLUMNS, np.float32)
     for job in range(thread, len(columns) * runs, threads):
@@ -106,8 +108,8 @@ def _attend(
             touched = slashes[tokens - stop + first : tokens - max(start - first - COLUMNS + 1, 0)]
             if in_column[first : first + COLUMNS].max() < 0 and touched.max() < 0:
                 continue
-            for row in range(0, stop - start, ROWS):
-                logits[row : row + ROWS] = 0
+            for row in range(0, stop - start, tile_rows(query)):
+                logits[row : row + tile_rows(query)] = 0
                 add_tile(logits, row, query, start + row, key, tile)
             for row in range(stop - start):
                 ahead = start + row - first
@@ -117,8 +119,8 @@ def _attend(
                 totals[row] = totals[row] * smaller + total(vector(logits, row, WIDE))
                 put_rounded(weights, row, vector(logits, row, WIDE))
             for part in range(len(sums)):
-                for row in range(0, stop - start, ROWS):
-                    add_tile(sums, part * QUERIES + row, weights, row, value, tile * len(sums) + part)
+                for row in range(0, stop - start, tile_rows(query)):
+                    add_tile(sums, part * ROOM + row, weights, row, value, tile * len(sums) + part)
         for row in range(stop - start):
             for channel in range(dim):
                 mixed[start + row, channel] = sums[channel // COLUMNS, row, channel % COLUMNS] / totals[row]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ if not compiled.is_installed():
 
 import numpy as np
 
-from kvfactory.numba_products import COLUMNS, ROWS, add_tile, columns_of, rows_of
+from kvfactory import numba_loops
+from kvfactory.numba_products import COLUMNS, MATRICES, ROWS, SIDE, add_tile, columns_of, rows_of, tile_rows
 
 DTYPES = [torch.float32, torch.bfloat16]
 EXACT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -36,23 +38,30 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@numba_loops.compiled
+def add_whole_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> Any:
+    add_tile(tile, at, left, row, right, column)
+    return tile_rows(left)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "numbers"), [(1, 1, 2), (7, 70, 64), (12, 128, 80)])
+@pytest.mark.parametrize(("rows", "columns", "numbers"), [(1, 1, 2), (7, 70, 64), (33, 128, 80)])
 def test_a_tile_is_a_part_of_a_product(rows: int, columns: int, numbers: int, dtype: torch.dtype) -> None:
     """Products of bfloat16 are exact, so sums are as good as those of float32."""
     left, right = random(2, rows, numbers, dtype=dtype), random(2, columns, numbers, dtype=dtype, seed=1)
     expected = left.double() @ right.double().transpose(1, 2)
     of_rows, of_columns = rows_of(left), columns_of(right)
     sums = torch.ones(2, of_rows.shape[1], of_columns.shape[1] * COLUMNS)
+    tall = SIDE if MATRICES and dtype == torch.bfloat16 else ROWS
     for head in range(2):
-        for row in range(0, rows, ROWS):
+        for row in range(0, rows, tall):
             for tile in range(of_columns.shape[1]):
-                found = np.ones((3 * ROWS, COLUMNS), np.float32)
+                found = np.ones((3 * tall, COLUMNS), np.float32)
                 at = head * of_columns.shape[1] + tile
-                add_tile(found, ROWS, of_rows, head * of_rows.shape[1] + row, of_columns, at)
-                assert (found[:ROWS] == 1).all() and (found[2 * ROWS :] == 1).all()
-                part = torch.from_numpy(found[ROWS : 2 * ROWS])
-                sums[head, row : row + ROWS, tile * COLUMNS : (tile + 1) * COLUMNS] = part
+                assert add_whole_tile(found, tall, of_rows, head * of_rows.shape[1] + row, of_columns, at) == tall
+                assert (found[:tall] == 1).all() and (found[2 * tall :] == 1).all()
+                part = torch.from_numpy(found[tall : 2 * tall])
+                sums[head, row : row + tall, tile * COLUMNS : (tile + 1) * COLUMNS] = part
     torch.testing.assert_close(sums[:, :rows, :columns].double(), expected + 1, rtol=1e-5, atol=1e-5)
 
 
