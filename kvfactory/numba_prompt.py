@@ -10,8 +10,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
-from .numba_products import COLUMNS, add_tile, columns_of, rows_of, tile_rows
+from .numba_products import COLUMNS, WIDE, add_tile, columns_of, rows_of, tile_rows
+from .numba_vectors import put, repeated, vector
 
 
 def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:
@@ -37,18 +39,20 @@ def _receive(thread: Any, threads: Any, queries: Any, keys: Any, log_sums: Any, 
     for job in range(thread, heads * tiles, threads):
         head, tile = job // tiles, job % tiles
         first = tile * COLUMNS
-        own = received[head][first : first + COLUMNS]
+        own, mass = received[head][first : first + COLUMNS], repeated(np.float32(0), WIDE)
         for start in range(first - first % tall, tokens, tall):
             logits[:] = 0
             add_tile(logits, 0, queries, head * rows + start, keys, head // group * tiles + tile)
             for row in range(min(tall, tokens - start)):
                 log_sum, seen = log_sums[head, start + row], start + row + 1 - first
                 if seen >= COLUMNS:
-                    for key in range(COLUMNS):
-                        own[key] += exponential(logits[row, key] * scale - log_sum)
+                    logit = repeated(scale, WIDE) * vector(logits, row, WIDE)
+                    mass = mass + exponentials(logit - repeated(log_sum, WIDE))
                 else:
                     for key in range(seen):
                         own[key] += exponential(logits[row, key] * scale - log_sum)
+        put(logits, 0, mass)
+        own += logits[0]
 
 
 @in_threads

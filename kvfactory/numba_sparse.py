@@ -14,9 +14,10 @@ from numba import prange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
 from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of, tile_rows
-from .numba_vectors import most, total, vector
+from .numba_vectors import most, put, repeated, total, vector
 
 QUERIES = 64
 """Queries that are worked on together."""
@@ -58,7 +59,7 @@ def _mask(row: Any, scale: Any, in_column: Any, on_slash: Any, causal: Any) -> N
 @compiled
 def _weigh(logits: Any, at: Any, highest: Any, sums: Any) -> Any:
     """Turn one query's logits into weights of 1 at most beside all before; what is summed already is made smaller for it."""
-    row, level = logits[at], most(vector(logits, at, WIDE))
+    level = most(vector(logits, at, WIDE))
     smaller = np.float32(1)
     if level > highest[at]:
         smaller = exponential(highest[at] - level)
@@ -69,8 +70,7 @@ def _weigh(logits: Any, at: Any, highest: Any, sums: Any) -> Any:
         highest[at] = level
     else:
         level = highest[at]
-    for key in range(COLUMNS):
-        row[key] = exponential(row[key] - level)
+    put(logits, at, exponentials(vector(logits, at, WIDE) - repeated(level, WIDE)))
     return smaller
 
 
