@@ -88,8 +88,12 @@ class Pages(NamedTuple):
     @classmethod
     def of(cls, keys: Tensor, page_size: int, before: Pages | None = None) -> Pages:
         """Those of keys [heads, length, head_dim]; full pages `before` are as they were."""
-        if before is not None and before.length == keys.shape[1]:
-            return before
+        if before is not None:
+            new = keys.shape[1] - before.length
+            if not new:
+                return before
+            if new == 1 and before.short.shape[1] and keys.shape[1] % page_size:  # as in most steps
+                return before._replace(short=widened(before.short, keys[:, None, -1:]), length=keys.shape[1])
         known = 0 if before is None else before.length // page_size
         count = keys.shape[1] // page_size
         bounds = torch.stack(page_bounds(keys[:, known * page_size :], page_size), 2)
@@ -270,6 +274,11 @@ def page_bounds(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     if not short.shape[1]:
         return least, most
     return torch.cat([least, short.amin(1, keepdim=True)], 1), torch.cat([most, short.amax(1, keepdim=True)], 1)
+
+
+def widened(bounds: Tensor, keys: Tensor) -> Tensor:
+    """Bounds [..., 2, head_dim] of pages that have keys [..., 1, head_dim] besides."""
+    return torch.cat([torch.minimum(bounds[..., :1, :], keys), torch.maximum(bounds[..., 1:, :], keys)], -2)
 
 
 def page_scores(query: Tensor, least: Tensor, most: Tensor) -> Tensor:
