@@ -21,7 +21,7 @@ ROWS = 32
 NORM_RUN = 64
 """A norm has a multiple of so many numbers to be compiled, which works on so many together."""
 INPUTS, OUTPUTS = 32, 4
-"""A weight has multiples of so many of them to be multiplied by compiled loops."""
+"""A weight has a multiple of so many inputs, and so many outputs at least, to be multiplied by compiled loops."""
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 """What attention modules call the layers that read what is attended from."""
 
@@ -175,7 +175,8 @@ def _arrange(parent: nn.Module) -> None:
     for name, child in parent.named_children():
         projections: list[Any] = [getattr(child, each, None) for each in QUERY_KEY_VALUE]
         if all(type(each) is nn.Linear for each in projections):
-            child.query_key_value = SideBySide(*projections)
+            if len({each.bias is None for each in projections}) == 1:
+                child.query_key_value = SideBySide(*projections)
         if type(child) is nn.Linear:
             setattr(parent, name, StepLinear(child))
         elif StepFeedForward.fits(child):

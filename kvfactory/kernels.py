@@ -49,8 +49,9 @@ class Kernel:
     """(query [query_heads, 1, dim], keys and values [length, dim] of each stored head) -> output shaped like the query."""
     step_together: Callable[[Tensor, Tensor, Tensor, Any, Stack, Any, Tensor], Tensor | None]
     """(query, key and value [batch, heads, 1, dim], rows of them, a stack, the slots of these rows, output shaped like the
-    query): append the newest tokens of rows to what is in slots, and attend; the output of other rows stays. Rows and slots
-    are arrays [count], int64. Returns weights [count, stored heads, queries, length], float32, if the stack is watched."""
+    query, without gaps): append the newest tokens of rows to what is in slots, and attend; the output of other rows stays.
+    Rows and slots are arrays [count], int64. Returns weights [count, stored heads, queries, length], float32, if the stack
+    is watched."""
     room_alone: int = -1
     """What a row by itself may take, in entries of room behind its shorter heads, to step by `step_together` too."""
     masks: bool = True

@@ -82,8 +82,9 @@ def stacked(held: Mapping[int, Stackable], kernel: Kernel) -> list[tuple[Stack, 
         else:
             free.setdefault((len(each.head_lengths()), each.watched), {})[row] = each
     for stack, rows in [*old.items()]:
-        looks_for_company = stack.slots == 1 and len(held) > 1
-        if looks_for_company or stack.is_full or 2 * len(rows) <= stack.slots:  # of the last, most have left
+        may_have_company = stack.slots == 1 and len(held) > 1
+        most_have_left = 2 * len(rows) <= stack.slots
+        if may_have_company or most_have_left or stack.is_full:
             free.setdefault((stack.keys.shape[1], stack.watched), {}).update(rows)
             del old[stack]
     found = [*old.items()]

@@ -29,6 +29,7 @@ import numpy as np
 
 from kvfactory import numba_loops
 from kvfactory.numba_products import COLUMNS, MATRICES, ROWS, SIDE, add_tile, columns_of, rows_of, tile_rows
+from kvfactory.numba_prompt import attention_mass
 
 DTYPES = [torch.float32, torch.bfloat16]
 EXACT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -63,6 +64,16 @@ def test_a_tile_is_a_part_of_a_product(rows: int, columns: int, numbers: int, dt
                 part = torch.from_numpy(found[tall : 2 * tall])
                 sums[head, row : row + tall, tile * COLUMNS : (tile + 1) * COLUMNS] = part
     torch.testing.assert_close(sums[:, :rows, :columns].double(), expected + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_a_librarys_products_are_the_same_after_ours() -> None:
+    """The processor's registers for matrices are left as a library expects them, in threads that it has too."""
+    x, weight = random(64, 64, dtype=torch.bfloat16), random(96, 64, dtype=torch.bfloat16, seed=1)
+    before = x @ weight.T
+    queries, keys = random(2, 200, 64, dtype=torch.bfloat16), random(2, 200, 64, dtype=torch.bfloat16, seed=1)
+    for _ in range(3):
+        attention_mass(queries, keys, torch.zeros(2, 200))
+        assert torch.equal(x @ weight.T, before)
 
 
 @settings(max_examples=30)
