@@ -174,7 +174,9 @@ def for_inference(model: PreTrainedModel) -> PreTrainedModel:
 def _arrange(parent: nn.Module) -> None:
     for name, child in parent.named_children():
         projections: list[Any] = [getattr(child, each, None) for each in QUERY_KEY_VALUE]
-        if all(type(each) is nn.Linear and (each.bias is None) == (projections[0].bias is None) for each in projections):
+        if all(
+            type(each) is nn.Linear and (each.bias is None) == (projections[0].bias is None) for each in projections
+        ):
             child.query_key_value = SideBySide(*projections)
         if type(child) is nn.Linear:
             setattr(parent, name, StepLinear(child))
