@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
 from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of, tile_rows
-from .numba_vectors import most, put, repeated, total, vector
+from .numba_vectors import greater, most, put, repeated, total, vector, vector_from
 
 QUERIES = 64
 """Queries that are worked on together."""
@@ -49,11 +49,18 @@ def attend(
 
 
 @compiled
-def _mask(row: Any, scale: Any, in_column: Any, on_slash: Any, causal: Any) -> None:
-    """Scale one query's products with some keys, and add what hides those it does not see; `causal` are not later ones."""
+def _mask(logits: Any, at: Any, scale: Any, in_column: Any, first: Any, slashes: Any, slash: Any, causal: Any) -> None:
+    """Scale one query's products with some keys, and add what hides those it does not see; `causal` are not later ones.
+
+    What hides keys begins at `first` in columns and at `slash` on diagonals.
+    """
+    if causal >= COLUMNS:
+        hidden = greater(vector_from(in_column, first, WIDE), vector_from(slashes, slash, WIDE))
+        put(logits, at, repeated(scale, WIDE) * vector(logits, at, WIDE) + hidden)
+        return
     for key in range(COLUMNS):
-        hidden = max(in_column[key], on_slash[key]) if key < causal else UNSEEN
-        row[key] = row[key] * scale + hidden
+        hides = max(in_column[first + key], slashes[slash + key]) if key < causal else UNSEEN
+        logits[at, key] = logits[at, key] * scale + hides
 
 
 @compiled
@@ -100,8 +107,9 @@ def _attend(
         stop = min(start + QUERIES, (job // runs + 1) * size, tokens)
         if start >= stop:
             continue
-        for at in range(stop):
-            in_column[at] = np.float32(0) if columns[job // runs, at // width] else UNSEEN
+        for block in range(-(-stop // width)):
+            hides = np.float32(0) if columns[job // runs, block] else UNSEEN
+            in_column[block * width : min((block + 1) * width, stop)] = hides
         highest[:], totals[:], sums[:] = UNSEEN, 0, 0
         for tile in range((stop - 1) // COLUMNS + 1):
             first = tile * COLUMNS
@@ -113,8 +121,7 @@ def _attend(
                 add_tile(logits, row, query, start + row, key, tile)
             for row in range(stop - start):
                 ahead = start + row - first
-                on_slash = slashes[tokens - 1 - ahead :][:COLUMNS]
-                _mask(logits[row], scale, in_column[first : first + COLUMNS], on_slash, ahead + 1)
+                _mask(logits, row, scale, in_column, first, slashes, tokens - 1 - ahead, ahead + 1)
                 smaller = _weigh(logits, row, highest, sums)
                 totals[row] = totals[row] * smaller + total(vector(logits, row, WIDE))
                 put_rounded(weights, row, vector(logits, row, WIDE))

@@ -93,6 +93,29 @@ def vector(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
 
 
 @intrinsic
+def vector_from(typing_context: Any, array: Any, start: Any, count: Any) -> Any:
+    """`count` numbers of an array without gaps from one of them on, float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0].dtype
+        one, many = (ir.VectorType(context.get_data_type(kind), each) for each in (1, count_of(count)))
+        place = builder.bitcast(place_of(context, builder, signature.args, arguments, one), many.as_pointer())
+        return as_float(builder, builder.load(place, align=kind.bitwidth // 8), kind)
+
+    return Vector(count_of(count))(array, start, count), generate
+
+
+@intrinsic
+def greater(typing_context: Any, left: Any, right: Any) -> Any:
+    """Of each two numbers of vectors the greater one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return left(left, right), generate
+
+
+@intrinsic
 def number(typing_context: Any, array: Any, index: Any) -> Any:
     """One number of an array without gaps, float32."""
 
