@@ -30,6 +30,21 @@ def add_matrices(
     Rows `row`... of left [..., pairs] are multiplied by the matrix `column` of right [..., pairs, 64]; pairs are a multiple
     of 16. All arrays are without gaps, and rows and matrices are counted through all dimensions.
     """
+    return _multiply(sums, at, left, row, right, column, pairs, True)
+
+
+@intrinsic
+def set_matrices(
+    typing_context: Any, sums: Any, at: Any, left: Any, row: Any, right: Any, column: Any, pairs: Any
+) -> Any:
+    """As `add_matrices`, in place of what is there: a register that is read from what was just written waits for it."""
+    return _multiply(sums, at, left, row, right, column, pairs, False)
+
+
+def _multiply(
+    sums: Any, at: Any, left: Any, row: Any, right: Any, column: Any, pairs: Any, adds: bool
+) -> tuple[Any, Any]:
+    """The signature of both, and what writes their code."""
     assert left.dtype == right.dtype == types.int32, "matrices are of pairs of bfloat16"
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -59,7 +74,10 @@ def add_matrices(
         layout = cgutils.global_constant(builder, "matrices", ir.Constant(ir.ArrayType(BYTE, len(LAYOUT)), LAYOUT))
         call("ldtilecfg", builder.bitcast(layout, PLACE))
         for each in SUMS:
-            move("tileloadd64", each, of_sums, each * LINE, wide)
+            if adds:
+                move("tileloadd64", each, of_sums, each * LINE, wide)
+            else:
+                call("tilezero", BYTE(each))
         with cgutils.for_range(builder, builder.udiv(given(6), number(SIDE))) as loop:
             move("tileloadd64", LEFT, builder.gep(of_left, [builder.mul(loop.index, number(LINE))]), 0, row_apart)
             some = builder.gep(of_right, [builder.mul(loop.index, builder.mul(wide, number(SIDE)))])

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from .compiled import WIDEST, may_use_matrices
 from .numba_loops import FEATURES, compiled
-from .numba_matrices import SIDE, add_matrices
+from .numba_matrices import SIDE, add_matrices, set_matrices
 from .numba_vectors import FREE, Vector, as_float, chosen, intrinsic, joined, load, place_of, put, size, vector
 
 ROWS = 6
@@ -201,6 +201,10 @@ def add_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -
     """
 
 
+def set_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
+    """As `add_tile`, in place of what is there."""
+
+
 @overload(tile_rows, strict=False)
 def _tile_rows(left: Any) -> Any:
     rows = tile_rows(left)
@@ -215,6 +219,18 @@ def _add_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) 
 
     def by_matrices(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
         add_matrices(tile, at, left, row, right, column, left.shape[-1])
+
+    return by_products if tile_rows(left) == ROWS else by_matrices
+
+
+@overload(set_tile, strict=False)
+def _set_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> Any:
+    def by_products(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
+        tile[at : at + ROWS] = 0
+        add_tile(tile, at, left, row, right, column)
+
+    def by_matrices(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> None:
+        set_matrices(tile, at, left, row, right, column, left.shape[-1])
 
     return by_products if tile_rows(left) == ROWS else by_matrices
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
-from .numba_products import COLUMNS, WIDE, add_tile, columns_of, rows_of, tile_rows
+from .numba_products import COLUMNS, WIDE, columns_of, rows_of, set_tile, tile_rows
 from .numba_vectors import put, repeated, vector
 
 
@@ -41,8 +41,7 @@ def _receive(thread: Any, threads: Any, queries: Any, keys: Any, log_sums: Any, 
         first = tile * COLUMNS
         own, mass = received[head][first : first + COLUMNS], repeated(np.float32(0), WIDE)
         for start in range(first - first % tall, tokens, tall):
-            logits[:] = 0
-            add_tile(logits, 0, queries, head * rows + start, keys, head // group * tiles + tile)
+            set_tile(logits, 0, queries, head * rows + start, keys, head // group * tiles + tile)
             for row in range(min(tall, tokens - start)):
                 log_sum, seen = log_sums[head, start + row], start + row + 1 - first
                 if seen >= COLUMNS:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
-from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of, tile_rows
+from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of, set_tile, tile_rows
 from .numba_vectors import greater, most, put, repeated, total, vector, vector_from
 
 QUERIES = 64
@@ -117,8 +117,7 @@ def _attend(
             if in_column[first : first + COLUMNS].max() < 0 and touched.max() < 0:
                 continue
             for row in range(0, stop - start, tile_rows(query)):
-                logits[row : row + tile_rows(query)] = 0
-                add_tile(logits, row, query, start + row, key, tile)
+                set_tile(logits, row, query, start + row, key, tile)
             for row in range(stop - start):
                 ahead = start + row - first
                 _mask(logits, row, scale, in_column, first, slashes, tokens - 1 - ahead, ahead + 1)

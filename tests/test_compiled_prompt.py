@@ -28,7 +28,7 @@ if not compiled.is_installed():
 import numpy as np
 
 from kvfactory import numba_loops
-from kvfactory.numba_products import COLUMNS, MATRICES, ROWS, SIDE, add_tile, columns_of, rows_of, tile_rows
+from kvfactory.numba_products import COLUMNS, MATRICES, ROWS, SIDE, add_tile, columns_of, rows_of, set_tile, tile_rows
 from kvfactory.numba_prompt import attention_mass
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -41,6 +41,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 @numba_loops.compiled
 def add_whole_tile(tile: Any, at: Any, left: Any, row: Any, right: Any, column: Any) -> Any:
+    set_tile(tile, at, left, row, right, column)
     add_tile(tile, at, left, row, right, column)
     return tile_rows(left)
 
@@ -63,7 +64,7 @@ def test_a_tile_is_a_part_of_a_product(rows: int, columns: int, numbers: int, dt
                 assert (found[:tall] == 1).all() and (found[2 * tall :] == 1).all()
                 part = torch.from_numpy(found[tall : 2 * tall])
                 sums[head, row : row + tall, tile * COLUMNS : (tile + 1) * COLUMNS] = part
-    torch.testing.assert_close(sums[:, :rows, :columns].double(), expected + 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums[:, :rows, :columns].double(), 2 * expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_librarys_products_are_the_same_after_ours() -> None:
