@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, and threads t
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from transformers import PreTrainedModel
 
@@ -32,3 +33,12 @@ def shared() -> Path:
 def embedded() -> PreTrainedModel:
     """The embedded model in float32, as golden values have it."""
     return load_model(dtype="float32", attn_implementation="eager", device="cpu")[0]
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> object:
+    """Tests that use it run with one thread of torch and with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)

@@ -30,14 +30,7 @@ from kvfactory import numba_kernels, numba_levels, numba_loops
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:

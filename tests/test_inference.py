@@ -22,15 +22,8 @@ from kvfactory.inference import FEW, MANY, SideBySide, StepFeedForward, StepLine
 from kvfactory.testing import tiny_model, tiny_prompts
 
 DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("threads")
 with_numba = pytest.mark.skipif(not compiled.is_installed(), reason="numba is not installed")
-
-
-@pytest.fixture(autouse=True, params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "mixtral"])
