@@ -97,8 +97,8 @@ def _multiply(thread: Any, threads: Any, rows: Any, of_x: Any, weight: Any, bias
         for row in range(rows):
             sums = _four(x, row, weight, first)
             for each in range(OUTPUTS):
-                of_output = sums[each] if bias is None else sums[each] + bias[first + each]
-                put(output, row * outputs + first + each, repeated(of_output, ONE))
+                whole = sums[each] if bias is None else sums[each] + bias[first + each]
+                put(output, row * outputs + first + each, repeated(whole, ONE))
 
 
 @in_threads

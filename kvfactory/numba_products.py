@@ -50,7 +50,8 @@ def _held(x: Tensor) -> Tensor:
     """Numbers as they are multiplied; of pairs, whole matrices where they are."""
     if not PAIRS or x.dtype != torch.bfloat16:
         return x.float().contiguous()
-    return pad(x, (0, -x.shape[-1] % (2 * SIDE) if MATRICES else 0)).contiguous().view(torch.int32)
+    missing = -x.shape[-1] % (2 * SIDE) if MATRICES else 0
+    return (pad(x, (0, missing)) if missing else x).contiguous().view(torch.int32)  # padding by nothing copies
 
 
 class _BFloat16(ir.types.Type):
