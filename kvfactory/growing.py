@@ -63,7 +63,7 @@ class Growing:
         Where there is room behind the entries nothing has gaps, and what is written to one is in the other.
         """
         if self._array is None:
-            from .numba_vectors import numbers  # late: nobody else waits for its import
+            from .numba_entries import numbers  # late: nobody else waits for its import
 
             self._array = numbers(self.held)
         return self._array

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .numba_entries import number, numbers, put
 from .numba_loops import exact
-from .numba_vectors import number, numbers, put, repeated, size
+from .numba_vectors import repeated, size
 
 HALVES = np.float32(2)
 

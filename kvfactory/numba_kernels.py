@@ -14,9 +14,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .numba_entries import numbers, put, vector
 from .numba_loops import compiled, exponential, in_threads, run, softmax_sums
 from .numba_memory import ask_for, entries_at
-from .numba_vectors import numbers, put, repeated, size, total, vector
+from .numba_vectors import repeated, size, total
 
 if TYPE_CHECKING:
     from .stacks import Stack

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .compiled import WIDEST
 from .growing import Growing
+from .numba_entries import number, numbers, put, spread, turned, vector
 from .numba_kernels import join_parts, parts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
 from .numba_packed import levels, looked_up
 from .numba_products import products
-from .numba_vectors import number, numbers, put, repeated, size, spread, turned, vector
+from .numba_vectors import repeated, size
 from .packing import Sparse, place_bits
 
 AT_ONCE = 64

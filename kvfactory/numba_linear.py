@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .compiled import WIDEST
 from .inference import INPUTS, OUTPUTS
+from .numba_entries import number, numbers, put, rounded_as
 from .numba_loops import compiled, exponential, in_threads, run
 from .numba_memory import ask_for, entries_at
 from .numba_products import add_entries
-from .numba_vectors import number, numbers, put, repeated, rounded_as, size, total
+from .numba_vectors import repeated, size, total
 
 SUMS, RUN, ONE = size(WIDEST), size(INPUTS), size(1)
 AHEAD = 256

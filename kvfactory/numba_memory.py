@@ -8,8 +8,9 @@ from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
+from .numba_entries import place_of
 from .numba_loops import compiled
-from .numba_vectors import count_of, intrinsic, place_of
+from .numba_vectors import count_of, intrinsic
 
 LINE = 64
 """Bytes that memory sends at once."""

@@ -10,9 +10,10 @@ from numba import prange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .numba_entries import entries_of, numbers, put, turned, vector
 from .numba_loops import compiled, in_threads, run
 from .numba_products import COLUMNS, ROWS, WIDE, add_products
-from .numba_vectors import entries_of, numbers, put, repeated, size, total, turned, vector
+from .numba_vectors import repeated, size, total
 
 PART = 512
 """Queries that one thread sums up."""

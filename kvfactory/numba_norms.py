@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .inference import NORM_RUN as RUN
+from .numba_entries import numbers, put, vector
 from .numba_loops import compiled
 from .numba_memory import entries_at
-from .numba_vectors import numbers, put, repeated, size, total, vector
+from .numba_vectors import repeated, size, total
 
 
 class Normaliser:

@@ -9,8 +9,9 @@ from numba import types
 from numba.core import cgutils
 
 from .compiled import WIDEST
+from .numba_entries import as_float, load
 from .numba_loops import FEATURES
-from .numba_vectors import FLOAT, Vector, all_of, as_float, chosen, count_of, intrinsic, joined, load
+from .numba_vectors import FLOAT, Vector, all_of, chosen, count_of, intrinsic, joined
 from .packing import PLANES
 
 

@@ -11,10 +11,11 @@ from numba import prange
 from torch import Tensor
 
 from .growing import Growing
+from .numba_entries import NUMBERS, numbers, put, vector
 from .numba_kernels import side_by_side, starts_of
 from .numba_loops import compiled, in_threads, run, softmax_sums
 from .numba_memory import entries_at
-from .numba_vectors import NUMBERS, numbers, put, repeated, size, total, vector
+from .numba_vectors import repeated, size, total
 
 
 def attend(

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .compiled import WIDEST, may_use_matrices
+from .numba_entries import as_float, load, place_of, put, vector
 from .numba_loops import FEATURES, compiled
 from .numba_matrices import SIDE, add_matrices, set_matrices
-from .numba_vectors import FREE, Vector, as_float, chosen, intrinsic, joined, load, place_of, put, size, vector
+from .numba_vectors import FREE, Vector, chosen, intrinsic, joined, size
 
 ROWS = 6
 COLUMNS = 64 if "+avx512f" in FEATURES else 16

@@ -10,10 +10,11 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .numba_entries import put, vector
 from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
 from .numba_products import COLUMNS, WIDE, columns_of, rows_of, set_tile, tile_rows
-from .numba_vectors import put, repeated, vector
+from .numba_vectors import repeated
 
 
 def attention_mass(queries: Tensor, keys: Tensor, log_sums: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numba_entries import NUMBERS, put, rounded_as, vector
 from .numba_loops import compiled
 from .numba_memory import entries_at
-from .numba_vectors import NUMBERS, half_turned, put, rounded_as, size, vector
+from .numba_vectors import half_turned, size
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,11 @@ from numba import prange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .numba_entries import put, vector, vector_from
 from .numba_exponential import exponentials
 from .numba_loops import compiled, exponential, in_threads, run
 from .numba_products import COLUMNS, ROWS, WIDE, add_tile, columns_of, put_rounded, rows_of, set_tile, tile_rows
-from .numba_vectors import greater, most, put, repeated, total, vector, vector_from
+from .numba_vectors import greater, most, repeated, total
 
 QUERIES = 64
 """Queries that are worked on together."""
