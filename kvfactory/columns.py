@@ -205,7 +205,7 @@ class AgingBuffer(Buffer):
         (keys,), (values,) = self._keys, self._values
         of_keys, of_values = keys.compiled(positions), values.compiled(positions)
         if of_keys is not None and of_values is not None:
-            from .numba_levels import attend  # late, too
+            from .numba_encoded import attend  # late, too
 
             return attend(query, of_keys, keys.recent, of_values, values.recent)
         exact = query.float() / math.sqrt(query.shape[-1])

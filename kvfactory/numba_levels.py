@@ -1,33 +1,20 @@
-"""The newest token's attention over encoded entries on a CPU, compiled by Numba.
-
-A few entries at a time are written out as numbers, in the nearest cache, and multiplied there: none ever is in memory.
-"""
+"""Encoded entries for compiled loops: what they are made of, and how a few at a time are written out as numbers."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numba import prange
 from torch import Tensor
 
-from .compiled import WIDEST
 from .growing import Growing
 from .numba_entries import number, numbers, put, spread, turned, vector
-from .numba_kernels import join_parts, parts_of
-from .numba_loops import compiled, in_threads, run, softmax_sums
+from .numba_loops import compiled
 from .numba_packed import levels, looked_up
-from .numba_products import products
 from .numba_vectors import repeated, size
 from .packing import Sparse, place_bits
 
-AT_ONCE = 64
-"""Entries that are written out together."""
 HALF = np.float32(0.5)
-PART = 1024
-"""Entries of a head that a thread attends to before another may go on with the rest."""
 
 
 class Encoded(NamedTuple):
@@ -41,7 +28,7 @@ class Encoded(NamedTuple):
     """[heads or 1, groups of entries, head_dim] or [heads or 1, capacity, groups of channels]."""
     least: Any
     ends: Any
-    """Where each group of entries ends, [heads, groups], int64; [heads, 0] if groups are of channels."""
+    """Where each group of entries ends, [heads, groups], int64; None if groups are of channels."""
     bits: Any
     """A `size`."""
     group: Any
@@ -74,7 +61,7 @@ def uniform(
 
     `counts` [heads, groups] are of its groups of entries, if any.
     """
-    ends = np.empty((len(packed.held), 0), np.int64) if counts is None else _ends(counts)
+    ends = None if counts is None else _ends(counts)
     group = size(1 if counts is not None else group_size)
     return Encoded(packed.length, packed.array, scale.array, least.array, ends, size(bits), group)
 
@@ -93,7 +80,7 @@ def tabled(packed: Growing, lower: Tensor, upper: Tensor, of_entries: bool, tabl
     Ranges are [heads or 1, length, 1], or [heads, 1, head_dim] for all entries.
     """
     heads, _, width = packed.held.shape
-    ends = np.empty((heads, 0), np.int64) if of_entries else np.full((heads, 1), packed.length)
+    ends = None if of_entries else np.full((heads, 1), packed.length)
     group = size(width * 8 // bits if of_entries else 1)
     ranges = numbers(upper), numbers(lower)
     return Encoded(packed.length, packed.array, *ranges, ends, size(bits), group, table=numbers(table))
@@ -117,31 +104,14 @@ def _ends(counts: Tensor) -> Any:
     return counts.long().cumsum(1).numpy()
 
 
-def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, recent_values: Tensor) -> Tensor:
-    """Attention of query [heads, queries, head_dim] over encoded entries and the recent ones [heads, recent, head_dim].
-
-    How many are recent may differ between keys and values. Sums are float32, the output is of the query's dtype.
-    """
-    query = query.contiguous()
-    output = torch.empty_like(query)
-    sides = keys, numbers(recent_keys), values, numbers(recent_values)
-    run(_attend_alone, _attend_in_threads, numbers(query), size(query.shape[2]), *sides, numbers(output))
-    return output
-
-
 @compiled
-def _write(side: Any, recent: Any, channels: Any, head: Any, start: Any, count: Any, written: Any) -> None:
-    """Write entries start... of a head, encoded and recent ones, as numbers [entries, head_dim]."""
-    old = min(max(side.length - start, 0), count)
-    if old:
-        how = side.scale, side.least, side.ends, side.bits, side.group, side.table
-        _decode(channels, head, start, old, side.packed, *how, written)
-        _add_directions(channels, head, start, old, side.rows, side.directions, side.block_ends, written)
-        _put_in_place(head, start, old, side.where, side.what, side.of_head, side.of_channel, written)
-        _turn(channels, head, start, old, side.positions, side.cos, side.sin, written)
-    first = head * recent.shape[1] + start - side.length
-    for entry in range(old, count):
-        put(written, entry, vector(recent, first + entry, channels))
+def write(channels: Any, side: Any, head: Any, start: Any, count: Any, written: Any) -> None:
+    """Write entries start... of a head as numbers, float32 [more than `count`, head_dim]; the last row is overwritten."""
+    how = side.scale, side.least, side.ends, side.bits, side.group, side.table
+    _decode(channels, head, start, count, side.packed, *how, written)
+    _add_directions(channels, head, start, count, side.rows, side.directions, side.block_ends, written)
+    _put_in_place(head, start, count, side.where, side.what, side.of_head, side.of_channel, written)
+    _turn(channels, head, start, count, side.positions, side.cos, side.sin, written)
 
 
 @compiled
@@ -160,11 +130,14 @@ def _decode(
     written: Any,
 ) -> None:
     """What the levels of entries start... of a head stand for."""
-    first, entry = head * packed.shape[1] + start, 0
-    of_entries, before = ends.shape[1] > 0, head % len(scale) * scale.shape[1]
-    run_of = np.searchsorted(ends[head], start, side="right") if of_entries else start
+    first, entry, before = head * packed.shape[1] + start, 0, head % len(scale) * scale.shape[1]
+    run_of = start
+    if ends is not None:
+        run_of = np.searchsorted(ends[head], start, side="right")
     while entry < count:
-        place, stop = before + run_of, min(ends[head, run_of] - start, count) if of_entries else entry + 1
+        place, stop = before + run_of, entry + 1
+        if ends is not None:
+            stop = min(ends[head, run_of] - start, count)
         apart, low = spread(scale, place, channels, group), spread(least, place, channels, group)
         if table is None:
             while entry < stop:
@@ -221,100 +194,3 @@ def _turn(channels: Any, head: Any, start: Any, count: Any, positions: Any, cos:
         own = positions[head % len(positions)]
         for entry in range(count):
             put(written, entry, turned(vector(written, entry, channels), cos, sin, own[start + entry]))
-
-
-@compiled
-def _attend_to_parts(
-    thread: Any,
-    threads: Any,
-    query: Any,
-    channels: Any,
-    keys: Any,
-    recent_keys: Any,
-    values: Any,
-    recent_values: Any,
-    highest: Any,
-    sums: Any,
-    mixtures: Any,
-) -> None:
-    """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
-    heads, parts, queries, dim = mixtures.shape
-    length, scale = keys.length + recent_keys.shape[1], repeated(np.float32(1 / math.sqrt(dim)), channels)
-    exact, logits = np.empty((queries, dim), np.float32), np.empty((queries, PART), np.float32)
-    written = np.empty((AT_ONCE + 1, dim), np.float32)  # the last is nobody's
-    for job in range(thread, heads * parts, threads):
-        head, part = job // parts, job % parts
-        begin, end = part * PART, min((part + 1) * PART, length)
-        for each in range(queries):
-            put(exact, each, scale * vector(query, head * queries + each, channels))
-        for start in range(begin, end, AT_ONCE):
-            count = min(AT_ONCE, end - start)
-            _write(keys, recent_keys, channels, head, start, count, written)
-            for each in range(queries):
-                row = vector(exact, each, channels)
-                for entry in range(0, count, WIDEST):  # what is behind the last is overwritten or never read
-                    place = (each * PART + start - begin + entry) // WIDEST
-                    put(logits, place, products(row, written, entry))
-        for each in range(queries):
-            highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: end - begin])
-            put(mixtures, job * queries + each, repeated(np.float32(0), channels))
-        for start in range(begin, end, AT_ONCE):
-            count = min(AT_ONCE, end - start)
-            _write(values, recent_values, channels, head, start, count, written)
-            for each in range(queries):
-                mixture = vector(mixtures, job * queries + each, channels)
-                for entry in range(count):
-                    weight = repeated(logits[each, start - begin + entry], channels)
-                    mixture = mixture + weight * vector(written, entry, channels)
-                put(mixtures, job * queries + each, mixture)
-
-
-@compiled
-def _attend_alone(
-    thread: Any,
-    threads: Any,
-    query: Any,
-    channels: Any,
-    keys: Any,
-    recent_keys: Any,
-    values: Any,
-    recent_values: Any,
-    output: Any,
-) -> None:
-    """The attention of all heads, in one thread."""
-    heads = len(query)
-    highest, sums, mixtures = parts_of(heads, query, keys.length + recent_keys.shape[1], PART)
-    _attend_to_parts(
-        thread, threads, query, channels, keys, recent_keys, values, recent_values, highest, sums, mixtures
-    )
-    join_parts(channels, highest, sums, mixtures, np.arange(heads), output)
-
-
-@in_threads
-def _attend_in_threads(
-    threads: Any,
-    query: Any,
-    channels: Any,
-    keys: Any,
-    recent_keys: Any,
-    values: Any,
-    recent_values: Any,
-    output: Any,
-) -> None:
-    heads = len(query)
-    highest, sums, mixtures = parts_of(heads, query, keys.length + recent_keys.shape[1], PART)
-    for thread in prange(threads):
-        _attend_to_parts(
-            thread,
-            threads,
-            query,
-            channels,
-            keys,
-            recent_keys,
-            values,
-            recent_values,
-            highest,
-            sums,
-            mixtures,
-        )
-    join_parts(channels, highest, sums, mixtures, np.arange(heads), output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,18 @@ import torch
 from numba import njit
 from numba.core.registry import cpu_target
 
+from .compiled import may_use_matrices
 from .folders import cache_folder, can_be_written
 
-FOLDER = Path(numba.config.CACHE_DIR or cache_folder() / "numba")  # type: ignore[attr-defined]
+
+def _state() -> str:
+    """What compiled loops depend on and Numba does not look at: what they call in other files, what the system allows."""
+    sources = sorted(Path(__file__).parent.glob("numba_*.py"))
+    whole = b"".join(each.read_bytes() for each in sources) + bytes([may_use_matrices()])
+    return hashlib.sha256(whole).hexdigest()[:16]
+
+
+FOLDER = Path(numba.config.CACHE_DIR or cache_folder() / "numba") / _state()  # type: ignore[attr-defined]
 numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
 KEPT = can_be_written(FOLDER)
 compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, cache=KEPT, nogil=True)

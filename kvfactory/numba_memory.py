@@ -40,13 +40,19 @@ def ask_for(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0].dtype
         held = ir.VectorType(context.get_data_type(kind), count_of(count))
-        byte = ir.IntType(8).as_pointer()
-        place = builder.bitcast(place_of(context, builder, signature.args, arguments, held), byte)
-        ask = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
-        fetch = cgutils.get_or_insert_function(builder.module, ask, "llvm.prefetch.p0")
-        for start in range(0, count_of(count) * kind.bitwidth // 8, LINE):
-            line = builder.gep(place, [ir.Constant(ir.IntType(64), start)])
-            builder.call(fetch, [line, WORD(0), WORD(2), WORD(1)])  # to read, into the second cache, as data
+        place = place_of(context, builder, signature.args, arguments, held)
+        ask(builder, place, count_of(count) * kind.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(array, index, count), generate
+
+
+def ask(builder: Any, place: Any, length: int) -> None:
+    """Have memory send so many bytes from a place on."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    place = builder.bitcast(place, byte)
+    for start in range(0, length, LINE):
+        line = builder.gep(place, [ir.Constant(ir.IntType(64), start)])
+        builder.call(fetch, [line, WORD(0), WORD(2), WORD(1)])  # to read, into the second cache, as data

@@ -30,8 +30,14 @@ def size(count: int) -> Any:
 
 
 def count_of(kind: Any) -> int:
-    """Of the type of what `size` gives."""
+    """Of the type of what `size` gives, or of that itself in compiled functions."""
     return int(kind.dtype.size)
+
+
+@overload(count_of, strict=False)
+def _count_of(kind: Any) -> Any:
+    count = count_of(kind)
+    return lambda kind: count
 
 
 class Vector(types.Type):
@@ -153,4 +159,5 @@ def all_of(like: Any, number: int) -> Any:
 
 
 def int32(number: int) -> Any:
+    """A constant, such as a place in a vector."""
     return ir.Constant(ir.IntType(32), number)
