@@ -149,10 +149,13 @@ class CompressedCache(Cache):
                 for cache in caches:
                     cache.compress(context)
             return output
-        output = layer.query.new_empty(layer.query.shape)
         stores = [cache.stores[layer.index] for (cache,) in self.rows]
+        stackable = self._stackable(layer, stores)
+        if len(stores) == 1 and not stackable:
+            return self._decode(0, layer)[None]
+        output = layer.query.new_empty(layer.query.shape)
         alone = {*range(len(stores))}
-        for stack, held in stacked(self._stackable(layer, stores), self.kernel):
+        for stack, held in stacked(stackable, self.kernel):
             weights = stack.step(self.kernel, held, layer, output)
             alone.difference_update(held)
             for place, (row, entries) in enumerate(held.items()):

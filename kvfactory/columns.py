@@ -1,22 +1,18 @@
-"""A buffer whose old entries are encoded in fewer bytes, and whose recent ones are as they are.
+"""Keys or values of which the old ones are encoded in fewer bytes, and the recent ones are as they are.
 
-Everything here but the buffer itself is immutable, so that a fork shares it and neither side can change the other's.
+Everything here is immutable, so that a fork shares it and neither side can change the other's.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, Positions
+from .buffers import Positions
 from .indexing import entries
 from .rotary import angles, rotated
 
@@ -61,6 +57,18 @@ class Column(ABC):
         """Bytes of every tensor held."""
 
 
+class Extensible(Column):
+    """One that compiled loops may write to: levels, equally far apart in groups of channels."""
+
+    @abstractmethod
+    def with_room(self, entries: int) -> Self:
+        """These and so many more, which are written at once or never read."""
+
+    @abstractmethod
+    def first(self, count: int) -> Self:
+        """So many of them."""
+
+
 class Encoder(ABC):
     """How keys or values of some heads are encoded, and when."""
 
@@ -78,6 +86,10 @@ class Encoder(ABC):
     def extended(self, old: Column, x: Tensor, positions: Positions) -> Column:
         """A column that this has made, and the entries of `encode` behind it."""
         return old.joined(self.encode(x, positions))
+
+    def extensible(self, old: Column) -> Extensible | None:
+        """A column, if entries are encoded as it is and by nothing else, so that compiled loops may go on with it."""
+        return None
 
     def of_head(self, head: int) -> Encoder:
         """The encoder of one of these heads."""
@@ -151,6 +163,11 @@ class Piece:
         at = positions()[:, : self.old_length]
         return turned_by(encoded, at, *angles(self.encoder.frequencies, int(at[:, -1].max()) + 1))
 
+    def unturned(self, dtype: torch.dtype) -> Encoded | None:
+        """The encoded entries as loops go on with them: those that are read as they lie, beside recent ones of this type."""
+        as_is = self.encoder.frequencies is None and self.recent.dtype == dtype
+        return self.old.compiled if as_is and self.old is not None else None
+
     def _written(self, old: Column, positions: Positions) -> Tensor:
         """The encoded entries as they are read, [heads, length, head_dim], float32."""
         decoded, frequencies = old.decoded(), self.encoder.frequencies
@@ -177,78 +194,3 @@ class Piece:
 
     def nbytes(self) -> int:
         return self.recent.nbytes + self.encoder.nbytes() + (0 if self.old is None else self.old.nbytes())
-
-
-class AgingBuffer(Buffer):
-    """Old entries encoded, recent ones as they are; keys and values each by a schedule of their own."""
-
-    def __init__(self, keys: Piece, values: Piece) -> None:
-        """Pieces whose recent entries are all there is; those that are due are encoded when the buffer settles."""
-        self.length = keys.recent.shape[1]
-        self._keys, self._values = [keys], [values]
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys = [piece.appended(x) for piece, x in _by_piece(self._keys, keys)]
-        self._values = [piece.appended(x) for piece, x in _by_piece(self._values, values)]
-        self.length += keys.shape[1]
-
-    def read(self, positions: Positions) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            torch.cat([piece.decoded(at) for piece, at in _located(side, positions)])
-            for side in (self._keys, self._values)
-        )
-        return keys, values
-
-    def attend(self, query: Tensor, positions: Positions) -> Tensor | None:
-        if len(self._keys) > 1 or len(self._values) > 1:
-            return None
-        (keys,), (values,) = self._keys, self._values
-        of_keys, of_values = keys.compiled(positions), values.compiled(positions)
-        if of_keys is not None and of_values is not None:
-            from .numba_encoded import attend  # late, too
-
-            return attend(query, of_keys, keys.recent, of_values, values.recent)
-        exact = query.float() / math.sqrt(query.shape[-1])
-        weights = keys.products(exact, positions).softmax(-1)
-        return values.mixed(weights, positions).to(query.dtype)
-
-    def keep(self, index: Tensor) -> None:
-        self._keys = [kept for piece, part in _by_piece(self._keys, index) for kept in piece.keep(part)]
-        self._values = [kept for piece, part in _by_piece(self._values, index) for kept in piece.keep(part)]
-        self.length = index.shape[1]
-
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Merged entries are encoded anew, all of them: a merge may have touched any."""
-        self._keys = [Piece(piece.encoder, x) for piece, x in _by_piece(self._keys, keys)]
-        self._values = [Piece(piece.encoder, x) for piece, x in _by_piece(self._values, values)]
-        self.length = keys.shape[1]
-
-    def settle(self, positions: Positions) -> None:
-        self._keys = [piece.settled(at) for piece, at in _located(self._keys, positions)]
-        self._values = [piece.settled(at) for piece, at in _located(self._values, positions)]
-
-    def nbytes(self) -> int:
-        return sum(piece.nbytes() for piece in (*self._keys, *self._values))
-
-    def fork(self) -> Self:
-        return copy(self)
-
-
-def _by_piece(side: list[Piece], x: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-    """Pieces and their heads of x [heads, ...]."""
-    if len(side) == 1:  # as nearly always
-        return iter([(side[0], x)])
-    return zip(side, x.split(len(x) // len(side)), strict=True)
-
-
-def _located(side: list[Piece], positions: Positions) -> Iterator[tuple[Piece, Positions]]:
-    """Pieces and what gives the positions of their entries; all heads have one where positions have one row."""
-    if len(side) == 1:
-        return iter([(side[0], positions)])
-
-    def of(start: int, stop: int) -> Tensor:
-        every = positions()
-        return every if len(every) == 1 else every[start:stop]
-
-    heads = len(side[0].recent)
-    return ((piece, partial(of, start * heads, (start + 1) * heads)) for start, piece in enumerate(side))

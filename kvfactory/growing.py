@@ -85,6 +85,10 @@ class Growing:
         used[0] = length + tokens
         return Growing(held, used[0], used, array)
 
+    def first(self, count: int) -> Growing:
+        """So many of its entries."""
+        return Growing(self.held, count, self._used, self._array)
+
     def read(self) -> Tensor:
         """[heads, length, ...], without the room."""
         return self.held.narrow(1, 0, self.length)

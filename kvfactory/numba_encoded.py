@@ -1,4 +1,4 @@
-"""The newest token's attention over encoded entries on a CPU, compiled by Numba.
+"""Products of encoded entries with queries, and their mixtures by weights, in compiled loops.
 
 A few entries at a time are written out as numbers, in the nearest cache, and multiplied there: none ever is in memory. Where
 levels are equally far apart and the processor multiplies bytes, they are not even written out: scales go to the queries and
@@ -7,17 +7,14 @@ the weights, and levels are multiplied as the integers that they are.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-import torch
-from numba import prange, types
+from numba import types
 from numba.extending import overload
-from torch import Tensor
 
 from .compiled import WIDEST
-from .numba_entries import number, numbers, put, put_from, spread, vector, vector_from
+from .numba_entries import number, put, put_from, spread, vector, vector_from
 from .numba_integers import (
     FOUR,
     INTEGERS,
@@ -30,32 +27,16 @@ from .numba_integers import (
     put_digits,
     put_entries,
 )
-from .numba_kernels import join_parts, parts_of
-from .numba_levels import Encoded, write
-from .numba_loops import compiled, in_threads, run, softmax_sums
+from .numba_levels import write
+from .numba_loops import compiled
 from .numba_products import products
 from .numba_vectors import count_of, greater, most, repeated, size, total
 
 AT_ONCE = 64
 """Entries that are written out, or mixed, together."""
-PART = 1024
-"""Entries of a head that a thread attends to before another may go on with the rest."""
 ALL, LANES, FOURS = size(AT_ONCE), size(WIDEST), size(AT_ONCE // FOUR)
 LEAST = np.float32(1e-30)
 """Of what is greatest in a vector, to be told from nothing."""
-
-
-def attend(query: Tensor, keys: Encoded, recent_keys: Tensor, values: Encoded, recent_values: Tensor) -> Tensor:
-    """Attention of query [heads, queries, head_dim] over encoded entries and the recent ones [heads, recent, head_dim].
-
-    How many are recent may differ between keys and values. Sums are float32, the output is of the query's dtype.
-    """
-    query = query.contiguous()
-    output = torch.empty_like(query)
-    sides = keys, numbers(recent_keys), values, numbers(recent_values)
-    digits = size(3 if query.dtype == torch.float32 else 2)  # more exact than the query's own numbers
-    run(_attend_alone, _attend_in_threads, numbers(query), size(query.shape[2]), digits, *sides, numbers(output))
-    return output
 
 
 def score(channels: Any, digits: Any, keys: Any, head: Any, start: Any, stop: Any, exact: Any, logits: Any) -> None:
@@ -248,100 +229,3 @@ def _put_apart(target: Any, array: Any, index: Any, count: Any, channels: Any, g
         for entry in range(count):
             for part in range(len(target)):
                 target[part, entry] = number(array, (index + entry) * len(target) + part)
-
-
-@compiled
-def _attend_to_parts(
-    thread: Any,
-    threads: Any,
-    query: Any,
-    channels: Any,
-    digits: Any,
-    keys: Any,
-    recent_keys: Any,
-    values: Any,
-    recent_values: Any,
-    highest: Any,
-    sums: Any,
-    mixtures: Any,
-) -> None:
-    """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
-    heads, parts, queries, dim = mixtures.shape
-    length, scale = keys.length + recent_keys.shape[1], repeated(np.float32(1 / math.sqrt(dim)), channels)
-    exact, logits = np.empty((queries, dim), np.float32), np.empty((queries, PART + AT_ONCE), np.float32)
-    for job in range(thread, heads * parts, threads):
-        head, part = job // parts, job % parts
-        begin, end = part * PART, min((part + 1) * PART, length)
-        for each in range(queries):
-            put(exact, each, scale * vector(query, head * queries + each, channels))
-        old = max(min(keys.length, end), begin)
-        score(channels, digits, keys, head, begin, old, exact, logits)
-        for at in range(old, end):
-            key = vector(recent_keys, head * recent_keys.shape[1] + at - keys.length, channels)
-            for each in range(queries):
-                logits[each, at - begin] = total(key * vector(exact, each, channels))
-        for each in range(queries):
-            highest[head, part, each], sums[head, part, each] = softmax_sums(logits[each][: end - begin])
-            put(mixtures, job * queries + each, repeated(np.float32(0), channels))
-        old = max(min(values.length, end), begin)
-        mix(channels, digits, values, head, begin, old, logits, mixtures, job * queries)
-        for each in range(queries):
-            mixture = vector(mixtures, job * queries + each, channels)
-            for at in range(old, end):
-                value = vector(recent_values, head * recent_values.shape[1] + at - values.length, channels)
-                mixture = mixture + repeated(logits[each, at - begin], channels) * value
-            put(mixtures, job * queries + each, mixture)
-
-
-@compiled
-def _attend_alone(
-    thread: Any,
-    threads: Any,
-    query: Any,
-    channels: Any,
-    digits: Any,
-    keys: Any,
-    recent_keys: Any,
-    values: Any,
-    recent_values: Any,
-    output: Any,
-) -> None:
-    """The attention of all heads, in one thread."""
-    heads = len(query)
-    highest, sums, mixtures = parts_of(heads, query, keys.length + recent_keys.shape[1], PART)
-    _attend_to_parts(
-        thread, threads, query, channels, digits, keys, recent_keys, values, recent_values, highest, sums, mixtures
-    )
-    join_parts(channels, highest, sums, mixtures, np.arange(heads), output)
-
-
-@in_threads
-def _attend_in_threads(
-    threads: Any,
-    query: Any,
-    channels: Any,
-    digits: Any,
-    keys: Any,
-    recent_keys: Any,
-    values: Any,
-    recent_values: Any,
-    output: Any,
-) -> None:
-    heads = len(query)
-    highest, sums, mixtures = parts_of(heads, query, keys.length + recent_keys.shape[1], PART)
-    for thread in prange(threads):
-        _attend_to_parts(
-            thread,
-            threads,
-            query,
-            channels,
-            digits,
-            keys,
-            recent_keys,
-            values,
-            recent_values,
-            highest,
-            sums,
-            mixtures,
-        )
-    join_parts(channels, highest, sums, mixtures, np.arange(heads), output)

@@ -21,17 +21,28 @@ def by_channels(x: Tensor, packed: Any, scale: Any, least: Any, start: int, bits
     Levels into packed bytes [heads, length, head_dim * bits / 8], scales and least numbers into [heads, length, groups],
     which are arrays as `numbers` gives them; to the bit as torch has them.
     """
-    _encode(numbers(x), packed, scale, least, size(1), start, bits, group_size)
+    encode(numbers(x), 0, x.shape[1], packed, scale, least, size(1), start, bits, group_size)
 
 
 @exact
-def _encode(x: Any, packed: Any, scale: Any, least: Any, one: Any, start: Any, bits: Any, group_size: Any) -> None:
-    """See `by_channels`."""
-    heads, tokens, dim = x.shape
+def encode(
+    x: Any,
+    first: Any,
+    tokens: Any,
+    packed: Any,
+    scale: Any,
+    least: Any,
+    one: Any,
+    start: Any,
+    bits: Any,
+    group_size: Any,
+) -> None:
+    """See `by_channels`: of so many tokens from the first on, in compiled loops."""
+    heads, capacity, dim = x.shape
     most, found, numbers = np.float32((1 << bits) - 1), np.empty(dim, np.uint8), np.empty(dim, np.float32)
     for head, entry in np.ndindex(heads, tokens):
         for channel in range(dim):
-            numbers[channel] = number(x, (head * tokens + entry) * dim + channel)
+            numbers[channel] = number(x, (head * capacity + first + entry) * dim + channel)
         for part in range(scale.shape[2]):
             group = numbers[part * group_size : (part + 1) * group_size]
             low = high = group[0]

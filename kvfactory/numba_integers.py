@@ -171,11 +171,11 @@ def put_apart(typing_context: Any, target: Any, array: Any, index: Any, count: A
         kinds, kind = signature.args[1:3], signature.args[1].dtype
         entry, whole = (ir.VectorType(context.get_data_type(kind), each) for each in (parts, parts * many))
         where = builder.bitcast(place_of(context, builder, kinds, arguments[1:3], entry), whole.as_pointer())
-        exact = as_float(builder, builder.load(where, align=kind.bitwidth // 8), kind)
+        held = builder.load(where, align=kind.bitwidth // 8)
         start = (arguments[0], ir.IntType(64)(0))
         row = place_of(context, builder, (signature.args[0], types.intp), start, ir.VectorType(FLOAT, many))
         for part in range(parts):
-            own = chosen(builder, exact, range(part, parts * many, parts))
+            own = as_float(builder, chosen(builder, held, range(part, parts * many, parts)), kind)
             builder.store(own, builder.gep(row, [WORD(part)]), align=FOUR)
         return context.get_dummy_value()
 

@@ -29,8 +29,8 @@ numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
 KEPT = can_be_written(FOLDER)
 compiled = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, cache=KEPT, nogil=True)
 """Sums in any order, but infinities and what is no number stay what they are. What is compiled is kept if it can be."""
-exact = njit(cache=KEPT, nogil=True)
-"""Arithmetic to the bit as it is written."""
+exact = njit(fastmath=False, cache=KEPT, nogil=True)
+"""Arithmetic to the bit as it is written; unless told, a function takes what its caller may do."""
 in_threads = njit(parallel=True, cache=KEPT)
 
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))

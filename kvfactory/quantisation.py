@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .aging import AgingBuffer
 from .buffers import Buffer, Positions
-from .columns import AgingBuffer, Column, Encoder, Piece
+from .columns import Column, Encoder, Extensible, Piece
 from .compiled import has_numba, has_vectors
 from .context import LayerContext
 from .errors import at_least, require
@@ -29,7 +30,7 @@ ENTRIES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class UniformColumn(Column):
+class UniformColumn(Extensible):
     """Levels that are equally far apart, between the least and the greatest entry of each group.
 
     A group is so many consecutive entries of one channel, or so many channels of one entry (asymmetric uniform
@@ -90,8 +91,17 @@ class UniformColumn(Column):
             return self.joined(UniformColumn.per_token(x, *self._form, self.scale.held.dtype))
         from .numba_encoding import by_channels  # late, too
 
-        packed, scale, least = (each.extended(x.shape[1]) for each in (self.packed, self.scale, self.least))
-        by_channels(x, packed.array, scale.array, least.array, self.packed.length, *self._form)
+        longer = self.with_room(x.shape[1])
+        held = longer.packed.array, longer.scale.array, longer.least.array
+        by_channels(x, *held, self.packed.length, *self._form)
+        return longer
+
+    def with_room(self, entries: int) -> UniformColumn:
+        packed, scale, least = (each.extended(entries) for each in (self.packed, self.scale, self.least))
+        return UniformColumn(packed, scale, least, None, *self._form)
+
+    def first(self, count: int) -> UniformColumn:
+        packed, scale, least = (each.first(count) for each in (self.packed, self.scale, self.least))
         return UniformColumn(packed, scale, least, None, *self._form)
 
     def decoded(self) -> Tensor:
@@ -250,9 +260,13 @@ class WindowedQuantisation(Quantisation):
 
     def extended(self, old: Column, x: Tensor, axis: int) -> Column:
         """A column of what is encoded already, and x behind it."""
-        if axis == 1 and isinstance(old, UniformColumn) and type(self).encode is WindowedQuantisation.encode:
-            return old.extended(x)
-        return old.joined(self.encode(x, axis))
+        plain = self.extensible(old, axis)
+        return old.joined(self.encode(x, axis)) if plain is None else plain.extended(x)
+
+    def extensible(self, old: Column, axis: int) -> UniformColumn | None:
+        """A column that is levels in groups of channels and nothing else, if that is how entries are encoded."""
+        own = type(self).encode is WindowedQuantisation.encode
+        return old if own and axis == 1 and isinstance(old, UniformColumn) else None
 
     def stored_dtype(self, x: Tensor) -> torch.dtype:
         """The type of scales and whatever else is stored beside levels."""
@@ -274,6 +288,9 @@ class AlongAxis(Encoder):
 
     def extended(self, old: Column, x: Tensor, positions: Positions) -> Column:
         return self.quantisation.extended(old, x, self.axis)
+
+    def extensible(self, old: Column) -> Extensible | None:
+        return self.quantisation.extensible(old, self.axis)
 
 
 def stored_dtype(x: Tensor, scale_dtype: str) -> torch.dtype:

@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvfactory import LayerContext, UserError, at_least, hookimpl, require
+from kvfactory.aging import AgingBuffer
 from kvfactory.buffers import Buffer, Positions
-from kvfactory.columns import AgingBuffer, Column, Encoder, Piece
+from kvfactory.columns import Column, Encoder, Piece
 from kvfactory.hookspecs import RegisterMethod, RegisterQuantisation
 from kvfactory.nonuniform import (
     Fixed,

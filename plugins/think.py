@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kvfactory import LayerContext, at_least, hookimpl, reduce_groups, require
+from kvfactory.aging import AgingBuffer
 from kvfactory.buffers import Buffer, Positions
-from kvfactory.columns import AgingBuffer, Column, Encoder, Piece
+from kvfactory.columns import Column, Encoder, Piece
 from kvfactory.hookspecs import RegisterKeyPruning, RegisterMethod
 from kvfactory.indexing import entries
 from kvfactory.storage import KeyPruning

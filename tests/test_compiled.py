@@ -26,7 +26,7 @@ from kvfactory.testing import tiny_model, tiny_prompts
 if not compiled.is_installed():
     pytest.skip("numba is not installed", allow_module_level=True)
 
-from kvfactory import numba_encoded, numba_kernels, numba_loops
+from kvfactory import numba_aging, numba_kernels, numba_loops
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -169,7 +169,7 @@ def test_encoded_and_recent_entries_are_attended_to_as_they_are_decoded(
         columns.append(column.compiled)
         recent.append(rest)
         decoded.append(torch.cat([column.decoded(), rest.float()], 1))
-    attended = numba_encoded.attend(query, columns[0], recent[0], columns[1], recent[1])
+    attended = numba_aging.attend(query, columns[0], recent[0], columns[1], recent[1])
     assert attended.dtype == dtype
     for each, key, value, output in zip(query, *decoded, attended, strict=True):
         torch.testing.assert_close(output.double(), plain(each, key, value), **tolerance(dtype))
@@ -224,7 +224,7 @@ def test_corrected_entries_are_attended_to_as_they_are_decoded(data: st.DataObje
         decoded.append(whole.decoded())
     query = torch.randn(heads, 2, 32, generator=generator)
     nothing = query[:, :0]
-    attended = numba_encoded.attend(query, columns[0], nothing, columns[1], nothing)
+    attended = numba_aging.attend(query, columns[0], nothing, columns[1], nothing)
     for each, key, value, output in zip(query, *decoded, attended, strict=True):
         torch.testing.assert_close(output.double(), plain(each, key, value), rtol=1e-4, atol=1e-4)
 
