@@ -93,7 +93,7 @@ class Pages(NamedTuple):
             if not new:
                 return before
             if new == 1 and before.short.shape[1] and keys.shape[1] % page_size:  # as in most steps
-                return before._replace(short=widened(before.short, keys[:, None, -1:]), length=keys.shape[1])
+                return before._replace(short=widened(before.short, keys[:, -1:]), length=keys.shape[1])
         known = 0 if before is None else before.length // page_size
         count = keys.shape[1] // page_size
         bounds = torch.stack(page_bounds(keys[:, known * page_size :], page_size), 2)
@@ -277,7 +277,12 @@ def page_bounds(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
 
 
 def widened(bounds: Tensor, keys: Tensor) -> Tensor:
-    """Bounds [..., 2, head_dim] of pages that have keys [..., 1, head_dim] besides."""
+    """Bounds [heads, 1, 2, head_dim] of pages that have keys [heads, 1, head_dim] besides."""
+    if has_vectors(keys.device, keys.shape[-1]):
+        from kvfactory import numba_pages  # late: nobody else waits for its import
+
+        return numba_pages.widened(bounds, keys)
+    keys = keys[:, None]
     return torch.cat([torch.minimum(bounds[..., :1, :], keys), torch.maximum(bounds[..., 1:, :], keys)], -2)
 
 
