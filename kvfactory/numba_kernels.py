@@ -44,8 +44,8 @@ def watched(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None)
     keys, values = side_by_side(keys), side_by_side(values)
     folded = query.reshape(rows * heads, -1, dim).contiguous()
     output, weights = torch.empty_like(folded), np.zeros((*folded.shape[:2], length), np.float32)
-    held = starts_of(keys), starts_of(values), lengths_of(keys, lengths), np.arange(len(folded))
-    run(_weigh, _weigh_in_threads, size(dim), numbers(folded), *held, weights, numbers(output))
+    held = starts_of(keys), starts_of(values), lengths_of(keys, lengths), *in_order(len(folded))
+    run(_weigh, _weigh_in_threads, size(dim), numbers(folded), held, weights, numbers(output))
     return output.view_as(query), torch.from_numpy(weights).view(rows, heads, -1, length)
 
 
@@ -59,13 +59,13 @@ def step_together(
     queries, attended = (numbers(each).reshape(-1, query.shape[1] // heads, dim) for each in (query, output))
     tokens, entries = (key.data_ptr(), value.data_ptr()), (stack.keys.data_ptr(), stack.values.data_ptr())
     places = rows, slots, stack.lengths
-    held = _append(channels, queries, tokens, key.shape[1], entries, stack.capacity, *places)
+    held = _append(queries, tokens, key.shape[1], entries, stack.capacity, *places)
     if not stack.watched:
-        run(_attend_alone, _attend_in_threads, channels, queries, *held, attended)
+        run(_attend_alone, _attend_in_threads, channels, queries, held, attended)
         return None
     lengths = held[2]
     weights = np.zeros((len(lengths), queries.shape[1], lengths.max()), np.float32)
-    run(_weigh, _weigh_in_threads, channels, queries, *held, weights, attended)
+    run(_weigh, _weigh_in_threads, channels, queries, held, weights, attended)
     return torch.from_numpy(weights).unflatten(0, (-1, heads))
 
 
@@ -101,12 +101,17 @@ def alike(query: Tensor, *sides: Tensor) -> None:
         assert each.dtype == query.dtype, f"entries are of {each.dtype}, and the query is of {query.dtype}"
 
 
+def in_order(heads: int) -> tuple[Any, Any]:
+    """The places of heads whose queries follow each other, and no addresses of newest tokens, as none are to be appended."""
+    return np.arange(heads), np.zeros((2, heads), np.int64)
+
+
 def _attend(query: Tensor, keys: Any, values: Any, lengths: Any) -> Tensor:
     """Attention of query [heads, queries, head_dim] over entries at addresses [heads], each head's side by side."""
     query = query.contiguous()
     output = torch.empty_like(query)
-    held = keys, values, lengths, np.arange(len(lengths))
-    run(_attend_alone, _attend_in_threads, size(query.shape[2]), numbers(query), *held, numbers(output))
+    held = keys, values, lengths, *in_order(len(lengths))
+    run(_attend_alone, _attend_in_threads, size(query.shape[2]), numbers(query), held, numbers(output))
     return output
 
 
@@ -122,7 +127,6 @@ def _addresses(first: Any, row_apart: Any, head_apart: Any, rows: Any, heads: An
 
 @compiled
 def _append(
-    channels: Any,
     query: Any,
     tokens: Any,
     kv_heads: Any,
@@ -131,26 +135,34 @@ def _append(
     rows: Any,
     slots: Any,
     lengths: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """Write keys and values of rows' newest tokens behind the entries of heads in slots: both begin at these addresses.
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Make room for keys and values of rows' newest tokens, at these addresses, behind the entries of heads in slots.
 
-    Returns of each of these heads where its keys and its values begin, how many there are now, and which of all rows' it is.
+    Returns of each of these heads where its keys and its values begin, how many there are now, which of all rows' it is, and
+    where its newest key and value are, which whoever attends to it puts behind the others.
     """
     dim, heads = query.shape[-1], lengths.shape[1]
     apart = query.itemsize * dim
-    starts = np.empty((2, len(rows) * heads), np.int64)
+    starts, newest = np.empty((2, len(rows) * heads), np.int64), np.empty((2, len(rows) * heads), np.int64)
     counts, places = np.empty(len(rows) * heads, np.int64), np.empty(len(rows) * heads, np.int64)
     for each in range(len(rows)):
         for head in range(heads):
-            at, place, length = each * heads + head, rows[each] * heads + head, lengths[slots[each], head]
+            at, place = each * heads + head, rows[each] * heads + head
             new, lane = rows[each] * kv_heads + head * kv_heads // heads, (slots[each] * heads + head) * capacity
             for side in range(2):
-                starts[side, at] = entries[side] + lane * apart
-                token = vector(entries_at(tokens[side] + new * apart, 1, dim, query), 0, channels)
-                put(entries_at(starts[side, at], length + 1, dim, query), length, token)
-            lengths[slots[each], head] = length + 1
-            counts[at], places[at] = length + 1, place
-    return starts[0], starts[1], counts, places
+                starts[side, at], newest[side, at] = entries[side] + lane * apart, tokens[side] + new * apart
+            lengths[slots[each], head] += 1
+            counts[at], places[at] = lengths[slots[each], head], place
+    return starts[0], starts[1], counts, places, newest
+
+
+@compiled
+def _put_behind(channels: Any, newest: Any, head: Any, of_keys: Any, of_values: Any) -> None:
+    """Write the newest key and value of a head, if there are any, as its last entries."""
+    if newest[0, head]:
+        last, dim = len(of_keys) - 1, of_keys.shape[1]
+        put(of_keys, last, vector(entries_at(newest[0, head], 1, dim, of_keys), 0, channels))
+        put(of_values, last, vector(entries_at(newest[1, head], 1, dim, of_values), 0, channels))
 
 
 @compiled
@@ -166,19 +178,10 @@ def parts_of(heads: Any, query: Any, length: Any, at_once: Any) -> tuple[Any, An
 
 @compiled
 def _attend_to_parts(
-    thread: Any,
-    threads: Any,
-    channels: Any,
-    query: Any,
-    keys: Any,
-    values: Any,
-    lengths: Any,
-    places: Any,
-    highest: Any,
-    sums: Any,
-    mixed: Any,
+    thread: Any, threads: Any, channels: Any, query: Any, held: Any, highest: Any, sums: Any, mixed: Any
 ) -> None:
     """Every `threads`-th part: its highest logit, and over it the sums of weights and of weighted values, a query each."""
+    keys, values, lengths, places, newest = held
     heads, (queries, dim) = len(lengths), query.shape[1:]
     parts, scale = highest.shape[1], repeated(np.float32(1 / math.sqrt(dim)), channels)
     exact, logits = np.empty((queries, dim), np.float32), np.empty((queries, AT_ONCE), np.float32)
@@ -190,6 +193,8 @@ def _attend_to_parts(
             continue
         of_keys = entries_at(keys[head], lengths[head], dim, query)
         of_values = entries_at(values[head], lengths[head], dim, query)
+        if stop == lengths[head]:
+            _put_behind(channels, newest, head, of_keys, of_values)
         for each in range(queries):
             put(exact, each, scale * vector(query, places[head] * queries + each, channels))
         for at in range(start, stop):
@@ -233,22 +238,20 @@ def _mix_three(channels: Any, weights: Any, of_values: Any, start: Any, stop: An
 
 
 @compiled
-def _attend_alone(
-    thread: Any, threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, places: Any, output: Any
-) -> None:
-    """The attention of heads whose queries are at these places of all, in one thread."""
+def _attend_alone(thread: Any, threads: Any, channels: Any, query: Any, held: Any, output: Any) -> None:
+    """The attention of heads as `_append` returns them, in one thread."""
+    _, _, lengths, places, _ = held
     highest, sums, mixed = parts_of(len(lengths), query, lengths.max(), AT_ONCE)
-    _attend_to_parts(thread, threads, channels, query, keys, values, lengths, places, highest, sums, mixed)
+    _attend_to_parts(thread, threads, channels, query, held, highest, sums, mixed)
     join_parts(channels, highest, sums, mixed, places, output)
 
 
 @in_threads
-def _attend_in_threads(
-    threads: Any, channels: Any, query: Any, keys: Any, values: Any, lengths: Any, places: Any, output: Any
-) -> None:
+def _attend_in_threads(threads: Any, channels: Any, query: Any, held: Any, output: Any) -> None:
+    _, _, lengths, places, _ = held
     highest, sums, mixed = parts_of(len(lengths), query, lengths.max(), AT_ONCE)
     for thread in prange(threads):
-        _attend_to_parts(thread, threads, channels, query, keys, values, lengths, places, highest, sums, mixed)
+        _attend_to_parts(thread, threads, channels, query, held, highest, sums, mixed)
     join_parts(channels, highest, sums, mixed, places, output)
 
 
@@ -272,25 +275,16 @@ def join_parts(channels: Any, highest: Any, sums: Any, mixed: Any, places: Any, 
 
 
 @compiled
-def _weigh(
-    thread: Any,
-    threads: Any,
-    channels: Any,
-    query: Any,
-    keys: Any,
-    values: Any,
-    lengths: Any,
-    places: Any,
-    weights: Any,
-    output: Any,
-) -> None:
+def _weigh(thread: Any, threads: Any, channels: Any, query: Any, held: Any, weights: Any, output: Any) -> None:
     """Every `threads`-th head: its weights [queries, entries] and its attention."""
+    keys, values, lengths, places, newest = held
     queries, dim = query.shape[1:]
     scale = repeated(np.float32(1 / math.sqrt(dim)), channels)
     for head in range(thread, len(lengths), threads):
         length = lengths[head]
         of_keys = entries_at(keys[head], length, dim, query)
         of_values = entries_at(values[head], length, dim, query)
+        _put_behind(channels, newest, head, of_keys, of_values)
         for each in range(queries):
             place = places[head] * queries + each
             row, own = weights[head, each][:length], scale * vector(query, place, channels)
@@ -305,16 +299,6 @@ def _weigh(
 
 
 @in_threads
-def _weigh_in_threads(
-    threads: Any,
-    channels: Any,
-    query: Any,
-    keys: Any,
-    values: Any,
-    lengths: Any,
-    places: Any,
-    weights: Any,
-    output: Any,
-) -> None:
+def _weigh_in_threads(threads: Any, channels: Any, query: Any, held: Any, weights: Any, output: Any) -> None:
     for thread in prange(threads):
-        _weigh(thread, threads, channels, query, keys, values, lengths, places, weights, output)
+        _weigh(thread, threads, channels, query, held, weights, output)
