@@ -56,8 +56,7 @@ class BelowAverage:
     def _add_newest(self, record: Tensor, attention: Tensor, slot: int) -> Tensor:
         """Of the newest query alone, which sees all, [heads, tokens]: at every step, so in few calls."""
         record, below, bit = record.clone(), attention < attention.mean(-1, keepdim=True), 1 << slot % 8
-        byte = record[..., slot // 8]
-        byte.copy_(torch.where(below, byte | bit, byte & (255 - bit)))
+        record[..., slot // 8].bitwise_and_(255 - bit).add_(below, alpha=bit)
         return record
 
     def value(self, record: Tensor) -> Tensor:
