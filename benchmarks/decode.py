@@ -100,6 +100,7 @@ def main(
         kinds[f"no cache, {rows} rows"] = step_without_cache(engine.model, rows)
         kinds[f"{rows} mixed rows at {MIXED_TOKENS}"] = lambda: engine.decode(many, 1)
         kinds[f"1 row at {MIXED_TOKENS}"] = lambda: engine.decode(full, 1)
+        kinds[f"stock transformers at {MIXED_TOKENS}"] = stock_step(model, prompt_of(tokenizer, MIXED_TOKENS))
     turns = {name: lambda step=step: [step() for _ in range(STEPS)] for name, step in kinds.items()}  # type: ignore[misc]
     lines = lines_of(take_turns(turns, 2 * repeats, engine.device), next(iter(kinds)))
     for line in lines:

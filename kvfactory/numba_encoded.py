@@ -130,11 +130,8 @@ def _score_levels(
         widest = greater(widest, own)
         put(apart, group, own)
         put(low, group, spread(keys.least, before + first + group, channels, keys.group))
-    multiples, shared = (
-        np.empty((queries * groups * places, dim), np.int8),
-        np.empty((queries, groups + WIDEST), np.float32),
-    )
-    units = np.empty(queries, np.float32)
+    multiples = np.empty((queries * groups * places, dim), np.int8)
+    units, shared = np.empty(queries, np.float32), np.empty((queries, groups + WIDEST), np.float32)
     for each in range(queries):
         row = vector(exact, each, channels)
         units[each] = _unit_of(row * widest, channels, digits)
@@ -149,7 +146,7 @@ def _score_levels(
         end = min(ends[first + group], stop)
         for begin in range(entry, end, WIDEST):  # what is behind the last is overwritten or never read
             place = head * length + begin
-            if place + WIDEST > len(packed):
+            if place + WIDEST > len(packed):  # nothing is read that lies behind the array
                 spare[: len(packed) - place] = packed[place:]
                 put_channels(levels, 0, spare, 0, channels, keys.bits)
             else:
@@ -171,21 +168,23 @@ def _mix_levels(
     multiples, levels = np.empty((parts * places, AT_ONCE), np.int8), np.empty((runs * quads, WIDEST), np.int32)
     apart, low = np.empty((parts, AT_ONCE), np.float32), np.empty((parts, AT_ONCE), np.float32)
     shared, spare = np.zeros((queries * parts, AT_ONCE), np.float32), np.empty((FOUR, packed.shape[1]), np.uint8)
-    widest = _greatest(values.scale, (before + start) * parts, (before + stop) * parts)
-    unit = _unit_of(repeated(widest, ALL), ALL, digits)  # weights are 1 at most
     for begin in range(start, stop, AT_ONCE):
         count = min(AT_ONCE, stop - begin)
         _put_apart(apart, values.scale, before + begin, count, channels, values.group)
         _put_apart(low, values.least, before + begin, count, channels, values.group)
         for quad in range(-(-count // FOUR)):
             entry = head * values.packed.shape[1] + begin + quad * FOUR
-            if entry + FOUR > len(packed):
+            if entry + FOUR > len(packed):  # as above
                 spare[: len(packed) - entry] = packed[entry:]
                 put_entries(levels, quad, spare, 0, channels, values.bits, FOURS)
             else:
                 put_entries(levels, quad, packed, entry, channels, values.bits, FOURS)
         for each in range(queries):
             row = among_first(vector_from(weights, each * weights.shape[1] + begin - start, ALL), count)
+            widest = row * vector(apart, 0, ALL)
+            for part in range(1, parts):
+                widest = greater(widest, row * vector(apart, part, ALL))
+            unit = _unit_of(widest, ALL, digits)
             for part in range(parts):
                 own = each * parts + part
                 put_digits(multiples, part * places, row * vector(apart, part, ALL) * repeated(1 / unit, ALL), digits)
@@ -198,18 +197,6 @@ def _mix_levels(
         for run_of in range(runs):
             at, own = (place + each) * runs + run_of, each * parts + run_of * WIDEST // group
             put(mixtures, at, vector(mixtures, at, LANES) + repeated(total(vector(shared, own, ALL)), LANES))
-
-
-@compiled
-def _greatest(array: Any, start: Any, stop: Any) -> Any:
-    """Of an array's numbers from start to stop, none of which is below 0; 0 if there are none."""
-    widest, whole = repeated(np.float32(0), ALL), start + (stop - start) // AT_ONCE * AT_ONCE
-    for at in range(start, whole, AT_ONCE):
-        widest = greater(widest, vector_from(array, at, ALL))
-    highest = most(widest)
-    for at in range(whole, stop):
-        highest = max(highest, number(array, at))
-    return highest
 
 
 @compiled

@@ -14,13 +14,14 @@ from torch import Tensor
 from kvfactory import Engine, LayerContext, compiled, load_method
 from kvfactory.aging import AgingBuffer
 from kvfactory.packing import pack
+from kvfactory.quantisation import UniformColumn
 from kvfactory.testing import tiny_model, tiny_prompts
 
 if not compiled.is_installed():
     pytest.skip("numba is not installed", allow_module_level=True)
 
 from kvfactory import numba_integers
-from kvfactory.numba_aging import STEPS
+from kvfactory.numba_aging import STEPS, attend
 from kvfactory.numba_entries import put, vector
 from kvfactory.numba_loops import compiled as in_loops
 from kvfactory.numba_vectors import size
@@ -140,6 +141,29 @@ def test_tokens_of_quantised_caches_are_the_same_without_numba(monkeypatch: pyte
     with_numba = run()
     monkeypatch.setattr("kvfactory.compiled.is_installed", lambda: False)
     assert run() == with_numba
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("bits", [2, 8])
+def test_small_weights_are_as_exact_as_large_ones(bits: int) -> None:
+    """As in most heads one entry takes nearly all of the attention and has nothing to say, and the others share the rest."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(1, count, 64, generator=generator).bfloat16() for count in (3, 1500, 1500))
+    keys[:, 0] = 25 * query.float().mean(1) / query.float().mean(1).norm() ** 2 * 8
+    values[:, 0] = 0
+    columns = (
+        UniformColumn.per_channel(keys, bits, 32, torch.float16),
+        UniformColumn.per_token(values, bits, 32, torch.float16),
+    )
+    of_keys, of_values = (column.compiled for column in columns)
+    assert of_keys is not None and of_values is not None
+    nothing = keys[:, :0]
+    attended = attend(query, of_keys, nothing, of_values, nothing).double()
+    exact, decoded = (column.decoded().double() for column in columns)
+    weights = (query.double() @ exact.mT / 8).softmax(-1)
+    assert (weights[..., 0] > 0.99).all()
+    expected = weights @ decoded
+    assert (attended - expected).norm() < 2**-8 * expected.norm()
 
 
 # ---- integers ----
